@@ -1,0 +1,1 @@
+"""Requests in, images out: the native batched engine, adapters for other pipelines, filters, and the generator."""
