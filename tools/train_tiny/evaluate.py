@@ -1,0 +1,232 @@
+"""Measure the exported bundle on the 5,000 ``test`` images and write ``metrics.json`` and the model card beside it.
+
+Every part loads the bundle as a user of plain diffusers and transformers would. Parts already measured for the same
+weights are read back, so that an interrupted run goes on; ``--limit`` measures on fewer images and says so in the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import classifier
+import torch
+from data import CLASSES, Split, load_split
+from torch.nn import functional as F
+from tqdm import tqdm
+from words import COLOURS, describe
+
+STRENGTHS = (0.3, 0.5, 0.7)
+GUIDANCE = (1.0, 2.0, 3.0, 5.0)
+STEPS = 10
+
+
+def digest(bundle: Path, *folders: str) -> str:
+    """Short hash of the weights that a figure depends on."""
+    sha = hashlib.sha256()
+    for folder in folders:
+        for file in sorted((bundle / folder).rglob("*.safetensors")):
+            sha.update(file.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+def accuracy(judge: classifier.Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+    return (classifier.predict(judge, images).argmax(1) == labels).float().mean().item()
+
+
+@torch.no_grad()
+def measure_vae(bundle: Path, data: Split, judge: classifier.Classifier) -> dict[str, float]:
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny.from_pretrained(bundle / "pipeline", subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+    out = [vae.decode(vae.encode(x.float() / 127.5 - 1).latents).sample.clamp(-1, 1) for x in data.images.split(250)]
+    rebuilt = ((torch.cat(out) + 1) * 127.5).round().to(torch.uint8)
+    mse = ((rebuilt.float() - data.images.float()) / 255).pow(2).mean((1, 2, 3))
+    return {
+        "psnr": (-10 * mse.log10()).mean().item(),
+        "judge_on_originals": accuracy(judge, data.images, data.labels),
+        "judge_on_reconstructions": accuracy(judge, rebuilt, data.labels),
+    }
+
+
+class Clip:
+    """The bundled CLIP, by plain transformers."""
+
+    def __init__(self, bundle: Path) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        self.model = CLIPModel.from_pretrained(bundle / "clip", dtype=torch.float32, local_files_only=True).eval()
+        self.processor = CLIPProcessor.from_pretrained(bundle / "clip", local_files_only=True)
+
+    @torch.no_grad()
+    def images(self, images: torch.Tensor) -> torch.Tensor:
+        out = []
+        for x in images.split(500):
+            pixels = self.processor.image_processor(list(x), return_tensors="pt").pixel_values
+            out.append(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
+        return F.normalize(torch.cat(out), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        ids = self.processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return F.normalize(self.model.text_projection(self.model.text_model(**ids).pooler_output), dim=-1)
+
+
+def measure_clip(bundle: Path, data: Split) -> dict[str, float]:
+    clip = Clip(bundle)
+    text = clip.texts([f"a photo of a {name}" for name in CLASSES])
+    right = (clip.images(data.images) @ text.T).argmax(1) == data.labels
+    return {"zero_shot": right.float().mean().item()}
+
+
+@torch.no_grad()
+def write_captions(bundle: Path, images: torch.Tensor) -> list[str]:
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    model = BlipForConditionalGeneration.from_pretrained(bundle / "captioner", dtype=torch.float32, local_files_only=True).eval()
+    processor = BlipProcessor.from_pretrained(bundle / "captioner", local_files_only=True)
+    out: list[str] = []
+    for x in tqdm(images.split(250), desc="captions", mininterval=10):
+        pixels = processor.image_processor(list(x), return_tensors="pt").pixel_values
+        out += processor.tokenizer.batch_decode(model.generate(pixel_values=pixels, max_new_tokens=22), skip_special_tokens=True)
+    return out
+
+
+def measure_captions(captions: list[str], data: Split, classes_of: dict[str, int]) -> dict[str, Any]:
+    """Class of the sub-category words, and whether the first object colour is one that the pixels show."""
+    looks = describe(data.images)
+    right_class = right_colour = 0
+    for text, label, look in zip(captions, data.labels.tolist(), looks, strict=True):
+        parts = [part.strip() for part in text.split(",")]
+        noun = parts[0].split(" ", 1)[-1]
+        right_class += classes_of.get(noun) == label
+        said = next((word for part in parts[1:] for word in part.split() if word in COLOURS), None)
+        right_colour += said in look["object"]
+    return {"class": right_class / len(captions), "colour": right_colour / len(captions), "examples": captions[:8]}
+
+
+def make_variants(
+    pipe, images: torch.Tensor, prompts: list[str], strength: float, guidance: float, steps: int = STEPS, seed: int = 0
+) -> torch.Tensor:
+    """uint8 variants of uint8 images by diffusers' own call, in batches that share strength and guidance."""
+    out = []
+    generator = torch.Generator().manual_seed(seed)
+    for start in tqdm(range(0, len(images), 100), desc=f"strength {strength} guidance {guidance}", mininterval=10):
+        batch = images[start : start + 100].float() / 255
+        result = pipe(
+            prompt=prompts[start : start + 100], image=batch, strength=strength, guidance_scale=guidance,
+            num_inference_steps=steps, generator=generator, output_type="pt",
+        ).images  # fmt: skip
+        out.append((result * 255).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(out)
+
+
+def load_pipeline(bundle: Path):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(
+        bundle / "pipeline", torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return pipe
+
+
+class Results:
+    """``metrics.json``, where each part carries the digest of the weights that it was measured on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def part(self, name: str, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if self.parts.get(name, {}).get("weights") != key:
+            began = time.monotonic()
+            self.parts[name] = {"weights": key, **measure()}
+            self.parts[name]["seconds"] = round(time.monotonic() - began, 1)
+            self.path.write_text(json.dumps(self.parts, indent=1, sort_keys=True) + "\n")
+            print(name, json.dumps(self.parts[name]))
+        return self.parts[name]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--data", required=True)
+    p.add_argument("--work", required=True, type=Path, help="the stages' folder: the judge's weights and the training logs")
+    p.add_argument("--bundle", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "tiny")
+    p.add_argument("--limit", type=int, default=5000, help="images for the variants")
+    p.add_argument("--search", type=int, default=500, help="images on which the best guidance scale is chosen")
+    p.add_argument("--only", nargs="*", choices=("vae", "clip", "captioner", "variants"), help="parts to measure (all)")
+    args = p.parse_args()
+    wanted = args.only or ["vae", "clip", "captioner", "variants"]
+
+    data = load_split(args.data, "test")
+    judge = classifier.load(args.work, "judge")
+    results = Results(args.bundle / "metrics.json")
+    if "vae" in wanted:
+        results.part("vae", digest(args.bundle, "pipeline/vae"), lambda: measure_vae(args.bundle, data, judge))
+    if "clip" in wanted:
+        results.part("clip", digest(args.bundle, "clip"), lambda: measure_clip(args.bundle, data))
+    captions: list[str] = []
+    if "captioner" in wanted or "variants" in wanted:
+        captions = write_captions(args.bundle, data.images)
+        pretrain = load_split(args.data, "pretrain")
+        classes_of = dict(zip(pretrain.subnames, pretrain.labels.tolist(), strict=True))
+        key = digest(args.bundle, "captioner")
+        results.part("captioner", key, lambda: measure_captions(captions, data, classes_of))
+    if "variants" in wanted:
+        measure_all_variants(args, data, judge, captions, results)
+
+    from card import write_card
+
+    write_card(args.bundle, args.work, results.parts)
+
+
+def measure_all_variants(
+    args: argparse.Namespace, data: Split, judge: classifier.Classifier, captions: list[str], results: Results
+) -> None:
+    weights = f"{digest(args.bundle, 'pipeline', 'captioner')}-{args.limit}"
+    pipe, clip = load_pipeline(args.bundle), Clip(args.bundle)
+    full = [f"a photo of a {CLASSES[label]}, {text}" for label, text in zip(data.labels.tolist(), captions, strict=True)]
+    label_only = [f"a photo of a {CLASSES[label]}" for label in data.labels.tolist()]
+    n = args.limit
+    originals = accuracy(judge, data.images[:n], data.labels[:n])
+    features = clip.images(data.images[:n])
+
+    def measure(prompts: list[str], strength: float, guidance: float, count: int) -> dict[str, Any]:
+        made = make_variants(pipe, data.images[:count], prompts[:count], strength, guidance)
+        agreement = accuracy(judge, made, data.labels[:count])
+        return {
+            "strength": strength, "guidance": guidance, "images": count, "agreement": agreement,
+            "relative": agreement / accuracy(judge, data.images[:count], data.labels[:count]),
+            "image_similarity": (clip.images(made) * features[:count]).sum(1).mean().item(),
+        }  # fmt: skip
+
+    # The guidance scale is chosen on the last images of `pretrain`, so that `test` only measures.
+    tune = load_split(args.data, "pretrain")
+    tune_images, tune_labels = tune.images[-args.search :], tune.labels[-args.search :]
+    tune_captions = write_captions(args.bundle, tune_images)
+    tune_prompts = [f"a photo of a {CLASSES[y]}, {text}" for y, text in zip(tune_labels.tolist(), tune_captions, strict=True)]
+
+    def search() -> dict[str, Any]:
+        table = []
+        for guidance in GUIDANCE:
+            made = make_variants(pipe, tune_images, tune_prompts, 0.6, guidance)
+            table.append({"guidance": guidance, "agreement": accuracy(judge, made, tune_labels)})
+        return {"strength": 0.6, "images": len(tune_images), "table": table}
+
+    table = results.part("guidance_search", weights, search)["table"]
+    best = max(table, key=lambda row: row["agreement"])["guidance"]
+    for strength in STRENGTHS:
+        results.part(f"variants_{strength}", weights, lambda s=strength: measure(full, s, best, n))
+    results.part("label_only_0.7", weights, lambda: measure(label_only, 0.7, best, n))
+    results.part("originals", weights, lambda: {"agreement": originals, "images": n})
+
+
+if __name__ == "__main__":
+    main()
