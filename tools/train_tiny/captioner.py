@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import clip as clip_stage
 import torch
+from torch import nn
+from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
+
+import clip as clip_stage
 from clip import normalize
 from common import Stage, averaged, flip_some, parser, shift_some
 from data import CLASSES, load_split
-from torch import nn
-from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 from words import COLOURS, caption, describe
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
@@ -23,7 +24,9 @@ MAX_LENGTH = 24
 
 def vocabulary(lines: list[str]) -> list[str]:
     """Special tokens, then the words of all captions, then letters and their continuations: anything has a spelling."""
-    words = sorted({word for line in lines for word in re.findall(r"[a-z]+|[^\sa-z]", line.lower())} | set(COLOURS) | set(CLASSES))
+    words = sorted(
+        {word for line in lines for word in re.findall(r"[a-z]+|[^\sa-z]", line.lower())} | set(COLOURS) | set(CLASSES)
+    )
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     return list(dict.fromkeys([*SPECIAL, *words, *letters, *(f"##{c}" for c in letters)]))
 
@@ -40,8 +43,8 @@ def config(tokenizer: BertTokenizer) -> BlipConfig:
         hidden_size=clip_stage.WIDTH, intermediate_size=3 * clip_stage.WIDTH, num_hidden_layers=clip_stage.LAYERS,
         num_attention_heads=clip_stage.HEADS, image_size=32, patch_size=4, hidden_act="gelu",
     )  # fmt: skip
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in
-           (("bos_token_id", "[DEC]"), ("sep_token_id", "[SEP]"), ("eos_token_id", "[SEP]"), ("pad_token_id", "[PAD]"))}  # fmt: skip
+    special = {"bos_token_id": "[DEC]", "sep_token_id": "[SEP]", "eos_token_id": "[SEP]", "pad_token_id": "[PAD]"}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in special.items()}
     text = BlipTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, encoder_hidden_size=clip_stage.WIDTH, intermediate_size=384,
         projection_dim=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_LENGTH,
@@ -65,7 +68,9 @@ def start_from_clip(vision: nn.Module, state: dict[str, torch.Tensor]) -> None:
         for kind in ("weight", "bias"):
             qkv = [source[f"encoder.layers.{i}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
             own[f"encoder.layers.{i}.self_attn.qkv.{kind}"].copy_(torch.cat(qkv))
-            own[f"encoder.layers.{i}.self_attn.projection.{kind}"].copy_(source[f"encoder.layers.{i}.self_attn.out_proj.{kind}"])
+            own[f"encoder.layers.{i}.self_attn.projection.{kind}"].copy_(
+                source[f"encoder.layers.{i}.self_attn.out_proj.{kind}"]
+            )
             for part in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"):
                 own[f"encoder.layers.{i}.{part}.{kind}"].copy_(source[f"encoder.layers.{i}.{part}.{kind}"])
     vision.load_state_dict(own)
@@ -92,7 +97,9 @@ def main() -> None:
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(data), (args.batch_size,), generator=g)
         pixels = shift_some(flip_some(data.images[index], g), 2, g)
-        batch = tokenizer([captions[i] for i in index], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        batch = tokenizer(
+            [captions[i] for i in index], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        )
         batch.input_ids[:, 0] = start  # BLIP's decoder starts with its own token
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         out = model(

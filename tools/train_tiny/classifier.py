@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from common import Stage, averaged, flip_some, parser, shift_some
-from data import load_split
 from torch import nn
 from torch.nn import functional as F
+
+from common import Stage, averaged, flip_some, parser, shift_some
+from data import load_split
 
 _MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 _STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)

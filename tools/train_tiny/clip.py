@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 
 import torch
-from common import Stage, flip_some, parser, shift_some
-from data import CLASSES, load_split
-from tokenizer import MAX_LENGTH, load
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from common import Stage, flip_some, parser, shift_some
+from data import CLASSES, load_split
+from tokenizer import MAX_LENGTH, load
 from unet import text_config
 from words import caption, describe
 
@@ -126,7 +127,10 @@ def main() -> None:
 
     def evaluate() -> dict[str, float]:
         text = embed_texts(labels)
-        right = [(embed_images(x) @ text.T).argmax(1) == y for x, y in zip(test.images.split(500), test.labels.split(500), strict=True)]
+        right = [
+            (embed_images(x) @ text.T).argmax(1) == y
+            for x, y in zip(test.images.split(500), test.labels.split(500), strict=True)
+        ]
         return {"zero_shot": torch.cat(right).float().mean().item()}
 
     plain = [p for p in model.parameters() if p.ndim < 2]

@@ -70,7 +70,7 @@ def _from_torchvision(root: Path, split: str) -> Split:
     names: list[str] = []
     for filename, _ in base.train_list if split != "test" else base.test_list:
         with open(Path(root) / base.base_folder / filename, "rb") as file:
-            entry = pickle.load(file, encoding="latin1")
+            entry = pickle.load(file, encoding="latin1")  # noqa: S301
         names += entry["filenames"]
     held_out = np.array([int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 for name in names])
     keep = np.ones(len(names), bool) if split == "test" else (held_out if split == "fewshot" else ~held_out)

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import classifier
 import torch
-from data import CLASSES, Split, load_split
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import classifier
+from data import CLASSES, Split, load_split
 from words import COLOURS, describe
 
 STRENGTHS = (0.3, 0.5, 0.7)
@@ -88,12 +89,16 @@ def measure_clip(bundle: Path, data: Split) -> dict[str, float]:
 def write_captions(bundle: Path, images: torch.Tensor) -> list[str]:
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
-    model = BlipForConditionalGeneration.from_pretrained(bundle / "captioner", dtype=torch.float32, local_files_only=True).eval()
+    model = BlipForConditionalGeneration.from_pretrained(
+        bundle / "captioner", dtype=torch.float32, local_files_only=True
+    ).eval()
     processor = BlipProcessor.from_pretrained(bundle / "captioner", local_files_only=True)
     out: list[str] = []
     for x in tqdm(images.split(250), desc="captions", mininterval=10):
         pixels = processor.image_processor(list(x), return_tensors="pt").pixel_values
-        out += processor.tokenizer.batch_decode(model.generate(pixel_values=pixels, max_new_tokens=22), skip_special_tokens=True)
+        out += processor.tokenizer.batch_decode(
+            model.generate(pixel_values=pixels, max_new_tokens=22), skip_special_tokens=True
+        )
     return out
 
 

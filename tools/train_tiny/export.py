@@ -6,13 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-import captioner as captioner_stage
-import clip as clip_stage
-import tokenizer as tokenizer_stage
 import torch
-import unet as unet_stage
-import vae as vae_stage
-from common import averaged
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from transformers import (
     BlipForConditionalGeneration,
@@ -23,6 +17,13 @@ from transformers import (
     CLIPProcessor,
     CLIPTextModel,
 )
+
+import captioner as captioner_stage
+import clip as clip_stage
+import tokenizer as tokenizer_stage
+import unet as unet_stage
+import vae as vae_stage
+from common import averaged
 
 PIXELS = {"image_mean": list(clip_stage.MEAN), "image_std": list(clip_stage.STD), "do_convert_rgb": True}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from data import CLASSES, load_split
 from PIL import Image
+
+from data import CLASSES, load_split
 
 
 def main() -> None:

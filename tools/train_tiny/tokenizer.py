@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from common import parser
 from data import CLASSES, load_split
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from words import article, caption, describe
 
 MAX_LENGTH = 32
@@ -30,11 +31,17 @@ def train(data: str, out: Path) -> None:
     bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2048, min_frequency=4, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, min_frequency=4, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(texts(data), trainer)
     model = json.loads(bpe.to_str())["model"]
     # CLIP's vocabulary holds every byte both inside a word and at its end, so that any text has a spelling.
@@ -42,7 +49,7 @@ def train(data: str, out: Path) -> None:
     words = byte + [b + "</w>" for b in byte]
     merges = [tuple(m) for m in model["merges"]]
     words += [w for w in ("".join(m) for m in merges) if w not in set(words)]
-    words = list(dict.fromkeys(words)) + [START, END]
+    words = [*dict.fromkeys(words), START, END]
     out.mkdir(parents=True, exist_ok=True)
     (out / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False))
     (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
 import vae as vae_stage
 from common import Stage, averaged, parser, to_float
 from data import CLASSES, load_split
-from diffusers import AutoencoderTiny, UNet2DConditionModel
 from tokenizer import MAX_LENGTH, load
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
 from words import caption, describe
 
 TEXT_WIDTH = 128

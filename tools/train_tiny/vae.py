@@ -7,10 +7,11 @@ loses is what tells a cat from a dog. Noise on the latent while training keeps t
 from __future__ import annotations
 
 import torch
-from common import Stage, flip_some, parser, to_float
-from data import load_split
 from diffusers import AutoencoderTiny
 from torch.nn import functional as F
+
+from common import Stage, flip_some, parser, to_float
+from data import load_split
 
 CONFIG = {
     "latent_channels": 12,

@@ -55,7 +55,7 @@ def _terms(images: np.ndarray) -> np.ndarray:
 
 
 def describe(images: torch.Tensor) -> list[dict[str, str | tuple[str, ...] | None]]:
-    """Looks of each image of (N, 3, 32, 32) uint8: ``object`` (one or two colours), ``background`` (one), ``light`` (or None)."""
+    """Looks of each image of (N, 3, 32, 32) uint8: ``object`` (1 or 2 colours), ``background`` (1), ``light`` (or None)."""
     pixels = images.permute(0, 2, 3, 1).numpy()
     terms = _terms(pixels)
     ring = np.zeros((32, 32), bool)
