@@ -1,0 +1,216 @@
+"""The numbers of a noise schedule, laid out so that every sample of a batch can stand at a step of its own.
+
+Timesteps and noise levels come from diffusers' scheduler classes, made anew from the pipeline's scheduler config: spacing,
+offsets, Karras sigmas, trained betas and the zero-SNR rescale mean here what they mean there. The schedulers' own ``step``
+and ``add_noise`` are not used: they keep state and take one timestep for a whole batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgid_transforms.errors import GenerationError, RecipeError
+from sgid_transforms.generation.requests import steps_to_run
+
+SAMPLERS = ("ddim", "euler", "dpmsolver++", "lcm")
+
+_SIGMA_DATA = 0.5  # of the consistency models' boundary condition, as LCMScheduler has it
+
+
+class Step(NamedTuple):
+    """What the samplers need to know about one step: ``timestep`` is ``(B,)``, all others are ``(B, 1, 1, 1)``."""
+
+    timestep: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    next_alpha: Tensor
+    next_sigma: Tensor
+    extrapolation: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Step:
+        """Steps of several samples, from one row of each sample's `Trajectory.table`."""
+        columns = torch.stack(list(rows)).to(device, non_blocking=True).unbind(1)
+        return cls(columns[0], *(column.view(-1, 1, 1, 1) for column in columns[1:]))
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """All steps that one strength runs.
+
+    Args:
+        table: float32 ``(steps, 8)`` on the CPU, with the columns of `Step`.
+        levels: each step's timestep as a share of the training timesteps, in [0, 1], falling.
+    """
+
+    table: Tensor
+    levels: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+
+def resolve_sampler(sampler: str, scheduler: Any) -> str:
+    """The sampler to use with a pipeline's scheduler: ``auto`` takes the one that the scheduler stands for.
+
+    ``auto`` maps Euler (ancestral ones too), DPM-Solver multistep and LCM schedulers to their own samplers and everything
+    else to DDIM.
+
+    Raises:
+        RecipeError: the name is not known.
+    """
+    if sampler in SAMPLERS:
+        return sampler
+    if sampler != "auto":
+        raise RecipeError(f"sampler {sampler!r} is not known; use 'auto' or one of {', '.join(map(repr, SAMPLERS))}")
+    name = type(scheduler).__name__
+    if name.startswith("Euler"):
+        return "euler"
+    if name.startswith("DPMSolverMultistep"):
+        return "dpmsolver++"
+    return "lcm" if name.startswith("LCM") else "ddim"
+
+
+class Schedule:
+    """The steps of one sampler on one noise schedule.
+
+    Args:
+        config: config of the pipeline's scheduler (any of diffusers' discrete schedulers).
+        sampler: one of `SAMPLERS`.
+        num_inference_steps: steps at strength 1.
+        strength_sets_range: strength shortens the range of timesteps instead of the number of steps, as diffusers'
+            ``LatentConsistencyModelImg2ImgPipeline`` has it; for ``lcm`` only.
+
+    Raises:
+        RecipeError: the number of steps does not fit the schedule.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, strength_sets_range: bool = False
+    ) -> None:
+        self.sampler = sampler
+        self.num_inference_steps = num_inference_steps
+        self.prediction_type: str = config.get("prediction_type", "epsilon")
+        clips = sampler in ("ddim", "lcm") and config.get("clip_sample", False)
+        self.clip: float | None = config.get("clip_sample_range", 1.0) if clips else None
+        self._strength_sets_range = strength_sets_range and sampler == "lcm"
+        self._scheduler = _make_scheduler(config, sampler)
+        self._trajectories: dict[float, Trajectory] = {}
+        self._train_steps = int(self._scheduler.config.num_train_timesteps)
+        if not 1 <= num_inference_steps <= self._train_steps:
+            raise RecipeError(
+                f"num_inference_steps {num_inference_steps} does not fit the schedule; use 1 to {self._train_steps} steps"
+            )
+        if sampler == "lcm":
+            original = self._scheduler.config.original_inference_steps
+            if num_inference_steps > original:
+                raise RecipeError(
+                    f"num_inference_steps {num_inference_steps} exceeds the {original} steps that this LCM was "
+                    f"distilled from; use 1 to {original} steps"
+                )
+        self._timesteps, self._levels = self._numbers(1.0)
+
+    def trajectory(self, strength: float) -> Trajectory:
+        """The steps that ``strength`` runs: the last ``int(num_inference_steps * strength)`` ones.
+
+        Raises:
+            GenerationError: strength is outside (0, 1], or leaves no step.
+        """
+        key = float(strength) if self._strength_sets_range else float(steps_to_run(self.num_inference_steps, strength))
+        if key not in self._trajectories:
+            if len(self._trajectories) > 1000:  # strengths are floats: bound what a long run can pile up
+                self._trajectories.clear()
+            self._trajectories[key] = self._build(strength)
+        return self._trajectories[key]
+
+    def _build(self, strength: float) -> Trajectory:
+        if self._strength_sets_range:
+            timesteps, (alpha, sigma, next_alpha, next_sigma) = self._numbers(strength)
+            start = 0
+        else:
+            timesteps, (alpha, sigma, next_alpha, next_sigma) = self._timesteps, self._levels
+            start = self.num_inference_steps - steps_to_run(self.num_inference_steps, strength)
+        extrapolation = torch.zeros_like(alpha)
+        if self.sampler == "dpmsolver++":
+            # The first step has no history and the last one leads to zero noise: both are of first order.
+            log_snr = alpha.log() - sigma.log()
+            width = log_snr.diff()
+            extrapolation[1:-1] = 0.5 * width[1:] / width[:-1]
+            extrapolation[start] = 0.0
+            if not self._first_order_final(len(timesteps)) and len(timesteps) - 1 > start:
+                final = next_alpha[-1].log() - next_sigma[-1].log() - log_snr[-1]
+                extrapolation[-1] = 0.5 * final / width[-1]
+        scaled = timesteps * float(self._scheduler.config.get("timestep_scaling", 10.0))
+        norm = (scaled**2 + _SIGMA_DATA**2).sqrt()
+        columns = (timesteps, alpha, sigma, next_alpha, next_sigma, extrapolation, (_SIGMA_DATA / norm) ** 2, scaled / norm)
+        table = torch.stack(columns, 1)[start:].float().contiguous()
+        levels = (timesteps[start:] / max(self._train_steps - 1, 1)).tolist()
+        return Trajectory(table, tuple(levels))
+
+    def _first_order_final(self, steps: int) -> bool:
+        config = self._scheduler.config
+        return bool(config.euler_at_final or config.final_sigmas_type == "zero" or (config.lower_order_final and steps < 15))
+
+    def _numbers(self, strength: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Timesteps ``(S,)`` and ``alpha, sigma, next_alpha, next_sigma``, float64 ``(S,)`` each, for all steps."""
+        scheduler, steps = self._scheduler, self.num_inference_steps
+        options = {}
+        if self._strength_sets_range:
+            self._check_range(strength)
+            options["strength"] = strength
+        with warnings.catch_warnings():  # diffusers' way of making arrays of tensors is deprecated in NumPy 2
+            warnings.simplefilter("ignore", DeprecationWarning)
+            scheduler.set_timesteps(steps, **options)
+        timesteps = scheduler.timesteps.double()
+        if self.sampler in ("euler", "dpmsolver++"):
+            sigmas = scheduler.sigmas.double()
+            alphas = 1 / (1 + sigmas**2).sqrt()
+            sigmas = sigmas * alphas
+            return timesteps, (alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:])
+        products = scheduler.alphas_cumprod.double()
+        index = scheduler.timesteps.long()
+        current = products[index]
+        if self.sampler == "ddim":
+            # As DDIMScheduler does it: one stride down, whatever timestep the list has next.
+            following_index = index - self._train_steps // steps
+            following = torch.where(following_index >= 0, products[following_index.clamp(min=0)], scheduler.final_alpha_cumprod)
+        else:  # LCM ends on its denoised estimate, without noise
+            following = torch.cat([current[1:], torch.ones(1, dtype=torch.float64)])
+        return timesteps, (current.sqrt(), (1 - current).sqrt(), following.sqrt(), (1 - following).sqrt())
+
+    def _check_range(self, strength: float) -> None:
+        original = int(self._scheduler.config.original_inference_steps)
+        if not 0 < strength <= 1:
+            raise GenerationError(f"strength {strength:g} is outside (0, 1]; use a strength above 0 and at most 1")
+        if int(original * strength) < self.num_inference_steps:
+            raise GenerationError(
+                f"strength {strength:g} leaves int({original * strength:.3g}) = {int(original * strength)} of the {original} "
+                f"steps that this LCM was distilled from, {self.num_inference_steps} are asked for; raise strength to at "
+                f"least {self.num_inference_steps / original:g}"
+            )
+
+
+def _make_scheduler(config: Mapping[str, Any], sampler: str) -> Any:
+    import diffusers
+
+    names = {
+        "ddim": "DDIMScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "dpmsolver++": "DPMSolverMultistepScheduler",
+        "lcm": "LCMScheduler",
+    }
+    cls = getattr(diffusers, names[sampler])
+    known = inspect.signature(cls.__init__).parameters
+    kept = {key: value for key, value in config.items() if key in known and value is not None}
+    if sampler == "dpmsolver++":  # other schedulers of this family share the config keys
+        kept |= {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+    return cls(**kept)
