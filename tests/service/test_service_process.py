@@ -1,0 +1,275 @@
+"""The service as real processes, under the faults that it must survive."""
+
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from service_fakes import batches, fake_factory, refusing_factory
+
+from sgid_transforms.errors import ModelLoadError, ServiceError
+from sgid_transforms.service import GenerationService, Item, ServiceClient
+from sgid_transforms.service.process import job_rendezvous
+
+
+def _until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
+        time.sleep(0.005)
+
+
+def _work(client: ServiceClient, ident: str, pipe: Connection) -> None:
+    """A worker: ask once, report the payload or the error and when it came, then ask again when told the address."""
+    while True:
+        try:
+            pipe.send((time.time(), bytes(client.generate([Item(ident, {}, b"abc")])[0].payload)))
+        except ServiceError as error:
+            pipe.send((time.time(), error))
+        address = pipe.recv()
+        if address is None:
+            return
+        client, ident = ServiceClient(address), f"again-{ident}"
+
+
+def _workers(
+    client: ServiceClient, idents: list[str], methods: list[str]
+) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
+    started = []
+    for ident, method in zip(idents, methods, strict=True):
+        context = multiprocessing.get_context(method)
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(client, ident, there))
+        process.start()
+        there.close()
+        started.append((process, here))
+    return started
+
+
+def test_killed_service_wakes_every_worker_and_a_restart_resumes(tmp_path: Path) -> None:
+    with GenerationService(fake_factory(tmp_path), max_batch=4, max_wait=30) as service:
+        service.client.generate([])  # a connection of the parent that the forked workers inherit
+        workers = _workers(service.client, [f"slow{n}" for n in range(4)], ["fork", "fork", "spawn", "spawn"])
+        _until(lambda: sum(map(len, batches(tmp_path))) == 4 or service.client.stats()["images"] == 4)
+        killed = time.time()
+        os.kill(service.pid, signal.SIGKILL)
+        for _, pipe in workers:
+            assert pipe.poll(5)
+            when, error = pipe.recv()
+            assert isinstance(error, ServiceError)
+            assert "sgid.serve" in str(error)
+            assert when - killed < 5
+        with pytest.raises(ServiceError):  # the socket of a dead service refuses at once
+            service.client.generate([Item("a")])
+        assert not service.alive
+        service.restart()
+        Path(tmp_path, "release").touch()
+        for process, pipe in workers:
+            pipe.send(service.client.address)
+            assert pipe.poll(20)
+            assert pipe.recv()[1] == b"cba"
+            pipe.send(None)
+            process.join()
+            pipe.close()
+
+
+def test_worker_killed_in_mid_request_leaves_the_service_healthy(tmp_path: Path) -> None:
+    with GenerationService(fake_factory(tmp_path), max_wait=0) as service:
+        [(process, pipe)] = _workers(service.client, ["slow"], ["fork"])
+        _until(lambda: batches(tmp_path) == [["slow"]])
+        process.kill()
+        process.join()
+        pipe.close()
+        Path(tmp_path, "release").touch()
+        assert bytes(service.client.generate([Item("next", {}, b"abc")])[0].payload) == b"cba"
+
+
+def test_exception_reaches_exactly_the_callers_of_its_batch(tmp_path: Path) -> None:
+    outcome: dict[str, list[Item]] = {}
+
+    def ask(*idents: str) -> None:
+        outcome[idents[0]] = service.client.generate([Item(ident, {}, b"abc") for ident in idents])
+
+    with GenerationService(fake_factory(tmp_path), max_batch=2) as service:
+        threads = [threading.Thread(target=ask, args=("slow",))]
+        threads[0].start()
+        _until(lambda: batches(tmp_path) == [["slow"]])
+        # Held up behind it, the two others come in any order, and each fills a batch of its own.
+        for idents in (("fail", "beside"), ("fine", "too")):
+            threads.append(threading.Thread(target=ask, args=idents))
+            threads[-1].start()
+        Path(tmp_path, "release").touch()
+        for thread in threads:
+            thread.join()
+    assert [item.meta.get("error") for item in outcome["fail"]] == ["ValueError: cannot do fail"] * 2
+    assert not any("error" in item.meta for item in outcome["fine"] + outcome["slow"])
+
+
+def test_hung_service_is_noticed(tmp_path: Path) -> None:
+    with GenerationService(fake_factory()) as service:
+        client = ServiceClient(service.client.address, patience=0.3)
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ServiceError, match=r"no sign of life for 0\.3 s"):
+                client.generate([Item("a")])
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+
+
+def test_a_long_batch_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    with GenerationService(fake_factory(seconds=2.5)) as service:
+        client = ServiceClient(service.client.address, patience=2)
+        assert bytes(client.generate([Item("a", {}, b"xy")])[0].payload) == b"yx"
+
+
+def test_64_identical_requests_generate_once(tmp_path: Path) -> None:
+    with GenerationService(fake_factory(tmp_path), max_wait=0.2) as service:
+        results: list[bytes] = []
+        client = service.client
+        threads = [
+            threading.Thread(target=lambda: results.append(bytes(client.generate([Item("slow", {}, b"ab")])[0].payload)))
+            for _ in range(64)
+        ]
+        for thread in threads:
+            thread.start()
+        _until(lambda: service.client.stats()["merged"] == 63)
+        Path(tmp_path, "release").touch()
+        for thread in threads:
+            thread.join()
+    assert batches(tmp_path) == [["slow"]]
+    assert results == [b"ba"] * 64
+
+
+def test_batches_of_four_busy_workers_are_filled(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        for step in range(20):
+            # 6 to 10 images: what the gate lets through of 16
+            client.generate([Item(f"{number}-{step}-{n}", {}, b"ab") for n in range(6 + (number + step) % 5)])
+
+    with GenerationService(fake_factory(tmp_path, seconds=0.005), max_batch=16) as service:
+        client = service.client
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stats = service.client.stats()
+    assert stats["images"] == 640
+    assert stats["images"] / stats["batches"] / stats["max_batch"] >= 0.8
+
+
+def test_enqueue_never_waits_and_counts_drops(tmp_path: Path) -> None:
+    with GenerationService(fake_factory(tmp_path), max_batch=2, max_wait=0, max_queue=3) as service:
+        client = service.client
+        start = time.monotonic()
+        dropped = client.enqueue([Item(f"slow{n}") for n in range(10)])
+        _until(lambda: client.enqueue([Item("more")]) >= 5, seconds=10)  # told at a later call
+        assert time.monotonic() - start < 5
+        assert dropped == 0
+        assert client.full
+        Path(tmp_path, "release").touch()
+        _until(lambda: service.client.stats()["images"] >= 3)
+
+
+def test_load_failure_is_raised_where_the_service_is_started() -> None:
+    with pytest.raises(ModelLoadError, match="no weights in here"):
+        GenerationService(refusing_factory("no weights in here")).start()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"max_wait": -1}, "max_wait is -1"),
+        ({"max_queue": -1}, "max_queue is -1"),
+        ({"factory": lambda: None}, "does not pickle"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ServiceError, match=message):
+        GenerationService(**{"factory": fake_factory(), **arguments})
+
+
+def test_lifecycle_mistakes_are_named() -> None:
+    service = GenerationService(fake_factory())
+    with pytest.raises(ServiceError, match="not running"):
+        _ = service.client
+    with service, pytest.raises(ServiceError, match="runs already"):
+        service.start()
+    with service, pytest.raises(ServiceError, match=r"hand `service\.client`"):
+        pickle.dumps(service)
+    assert not service.alive
+
+
+def test_a_client_pickles_small() -> None:
+    with GenerationService(fake_factory()) as service:
+        data = pickle.dumps(service.client)
+        assert len(data) < 300
+        assert bytes(pickle.loads(data).generate([Item("a", {}, b"xy")])[0].payload) == b"yx"  # noqa: S301
+
+
+def test_ranks_share_one_service(tmp_path: Path) -> None:
+    meeting = tmp_path / "job"
+    with GenerationService(fake_factory(), rendezvous=meeting) as first:
+        with GenerationService(fake_factory(), rendezvous=meeting) as second:
+            assert (first.owner, second.owner) == (True, False)
+            assert first.pid == second.pid
+            assert second.alive
+        assert first.alive  # the other one only detached
+    with GenerationService(fake_factory(), rendezvous=meeting) as third:
+        assert third.owner
+
+
+def test_ranks_are_recognised_by_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert job_rendezvous("variants") is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    one = job_rendezvous("variants")
+    assert one == job_rendezvous("variants")
+    assert one != job_rendezvous("others")
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    assert one != job_rendezvous("variants")
+
+
+def test_service_ends_with_a_killed_starter() -> None:
+    script = (
+        "import sys, time; sys.path[:] = " + repr([str(Path(__file__).parent), *sys.path]) + "\n"
+        "from service_fakes import fake_factory; from sgid_transforms.service import GenerationService\n"
+        "print(GenerationService(fake_factory()).start().pid, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        starter.kill()
+    _until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), seconds=10)
+
+
+def test_start_and_stop_leak_nothing() -> None:
+    cycles = int(os.environ.get("SGID_TEST_CYCLES", "8"))  # 1,000 are run before a release
+
+    def resources() -> tuple[int, set[str], int, set[str]]:
+        gc.collect()
+        folders = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("sgid-")}
+        return len(os.listdir("/proc/self/fd")), _children(), threading.active_count(), folders | set(os.listdir("/dev/shm"))
+
+    before = resources()
+    for _ in range(cycles):
+        with GenerationService(fake_factory()) as service:
+            service.client.generate([Item("a", {}, b"xy")])
+    assert resources() == before
+
+
+def _children() -> set[str]:
+    return set(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
