@@ -23,12 +23,13 @@ UNET_CONFIG = {
     "sample_size": 16,
     "in_channels": vae_stage.CONFIG["latent_channels"],
     "out_channels": vae_stage.CONFIG["latent_channels"],
-    "block_out_channels": (64, 128, 192),
+    "block_out_channels": (48, 96, 160),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     "cross_attention_dim": TEXT_WIDTH,
     "attention_head_dim": 4,
+    "norm_num_groups": 16,
 }
 
 
@@ -61,7 +62,7 @@ def encode_all(vae: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     p = parser(__doc__.splitlines()[0], steps=8000, lr=8e-4, decay=0.35)
-    p.add_argument("--t-max", type=int, default=940, help="timesteps beyond are not trained: image-to-image never starts there")
+    p.add_argument("--t-max", type=int, default=900, help="timesteps beyond are not trained: image-to-image never starts there")
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
