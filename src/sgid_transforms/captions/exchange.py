@@ -1,0 +1,172 @@
+"""Captions in the formats of others: Hugging Face's ImageFolder ``metadata.jsonl``, and Parquet."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sgid_transforms.captions.record import COLUMNS, MAX_TEXT, CaptionRecord, to_row
+from sgid_transforms.errors import StoreError
+
+_OWN_FIELDS = ("key", "label", "similarity", "rank", "captioner", "source")
+_TEXTS = ("key", "caption", "label", "captioner", "source", "path")
+
+
+def write_jsonl(records: Iterable[CaptionRecord], path: Path) -> int:
+    """One JSON object a line: ``file_name``, ``text``, then our own fields where they are known.
+
+    See https://huggingface.co/docs/datasets/image_dataset#imagefolder for the format. ASCII escapes keep any text on its line.
+    """
+    written = 0
+    with _replacing(path) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
+        for record in records:
+            if record.path is None:
+                continue
+            line: dict[str, object] = {"file_name": _relative(record.path, path.parent), "text": record.caption}
+            line |= {name: getattr(record, name) for name in _OWN_FIELDS if getattr(record, name) is not None}
+            file.write(json.dumps(line) + "\n")
+            written += 1
+    return written
+
+
+def read_jsonl(path: Path, key: Callable[[Path], str] | None) -> list[CaptionRecord]:
+    """The records of a ``metadata.jsonl``; a blank line is none."""
+    records = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        records.append(_from_json(line, path.parent, key))
+                    except (StoreError, ValueError, RecursionError) as error:
+                        raise StoreError(f"{path}, line {number}: {error}") from error
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"could not read {path}: {error.strerror or error}; check the path") from error
+    return records
+
+
+def write_parquet(records: Iterable[CaptionRecord], path: Path) -> int:
+    """A table with one column per field of a record."""
+    arrow, parquet = _arrow()
+    # to_row makes every text valid Unicode, which Parquet insists on; a path may still be bytes.
+    rows = [
+        tuple(os.fsdecode(v).encode("utf-8", "replace").decode() if isinstance(v, bytes) else v for v in to_row(r))
+        for r in records
+    ]
+    kinds = {"similarity": arrow.float64(), "rank": arrow.float64()}
+    schema = arrow.schema([(name, kinds.get(name, arrow.string())) for name in COLUMNS])
+    table = arrow.table({name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}, schema=schema)
+    with _replacing(path) as temporary:
+        parquet.write_table(table, temporary)
+    return len(rows)
+
+
+def read_parquet(path: Path) -> list[CaptionRecord]:
+    """The records of a Parquet file; columns that are none of a record's fields are left out."""
+    arrow, parquet = _arrow()
+    try:
+        table = parquet.read_table(path)
+        names = [name for name in COLUMNS if name in table.column_names]
+        lacking = {"key", "caption"} - set(names)
+        if lacking:
+            raise StoreError(f"{path} has no column {' and no column '.join(sorted(lacking))}; name its columns so")
+        rows = table.select(names).to_pylist()
+    except (OSError, arrow.ArrowException, UnicodeDecodeError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"could not read {path} as Parquet: {error}") from error
+    records = []
+    for number, row in enumerate(rows, 1):
+        try:
+            records.append(_record({name: value for name, value in row.items() if value is not None}))
+        except StoreError as error:
+            raise StoreError(f"{path}, row {number}: {error}") from error
+    return records
+
+
+def _from_json(line: str, folder: Path, key: Callable[[Path], str] | None) -> CaptionRecord:
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise StoreError("it is not a JSON object")
+    for name in ("file_name", "text"):
+        if not isinstance(values.get(name), str):
+            raise StoreError(f'it has no "{name}" of text')
+    fields = {name: values[name] for name in _OWN_FIELDS if values.get(name) is not None}
+    file_name = values["file_name"]
+    fields |= {"caption": values["text"], "path": os.fspath(folder / file_name) if "\0" not in file_name else file_name}
+    if "key" not in fields:
+        fields["key"] = (key or _key_of_file)(_inside(folder, file_name))
+    return _record(fields)
+
+
+def _record(fields: dict[str, Any]) -> CaptionRecord:
+    """A record of values from outside, checked so that a bad one is refused where it stands."""
+    for name in ("key", "caption"):
+        if name not in fields:
+            raise StoreError(f"it has no {name}")
+    for name in _TEXTS:
+        if name in fields and not isinstance(fields[name], str):
+            raise StoreError(f"{name} {fields[name]!r:.80} is a {type(fields[name]).__name__}, not text")
+    record = CaptionRecord(**({"source": "import"} | fields))
+    to_row(record)
+    return record
+
+
+def _key_of_file(path: Path) -> str:
+    from PIL import Image
+
+    from sgid_transforms.keys import image_key
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image_key(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise StoreError(f"its image {os.fspath(path)!r:.200} cannot be read ({type(error).__name__})") from error
+
+
+def _inside(folder: Path, file_name: str) -> Path:
+    """The image of a line, refused when it lies outside of the folder that the file describes."""
+    if "\0" in file_name or len(file_name) > MAX_TEXT:
+        raise StoreError(f"file_name {file_name!r:.80} is no path")
+    path = folder / file_name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise StoreError(f"file_name {file_name!r:.200} leads out of {folder}; give a path below it, or a key")
+    return path
+
+
+def _relative(path: str, folder: Path) -> str:
+    try:
+        return Path(path).absolute().relative_to(folder.absolute()).as_posix()
+    except ValueError:
+        return path
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` at the end, and vanishes after an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"could not write {path}: {error.strerror or error}; check its folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise StoreError("Parquet files need pyarrow: pip install 'sgid-transforms[parquet]'") from error
+    return pyarrow, pyarrow.parquet

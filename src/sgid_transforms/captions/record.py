@@ -1,0 +1,129 @@
+"""One image's caption and what belongs to it."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sgid_transforms.errors import StoreError
+
+Source = Literal["model", "human", "import"]
+SOURCES: tuple[Source, ...] = ("model", "human", "import")
+MAX_KEY = 512
+MAX_TEXT = 2**20
+
+COLUMNS = ("key", "caption", "label", "similarity", "rank", "captioner", "source", "path")
+"""The fields of a record, in the order of the table's columns."""
+
+
+@dataclass(frozen=True)
+class CaptionRecord:
+    """What is known about one image.
+
+    Args:
+        key: of the image (``image_key``).
+        caption: what the image shows.
+        label: name of its class.
+        similarity: cosine of the image and its prompt, as the similarity model gives it.
+        rank: of the similarity within the data set, in [0, 1].
+        captioner: id of the model, or of the person, that wrote the caption.
+        source: ``"human"`` captions are never replaced by the others.
+        path: of the image file, as the data set has it.
+    """
+
+    key: str
+    caption: str
+    label: str | None = None
+    similarity: float | None = None
+    rank: float | None = None
+    captioner: str = ""
+    source: Source = "model"
+    path: str | None = None
+
+
+def to_row(record: CaptionRecord) -> tuple[object, ...]:
+    """A record as SQLite stores it.
+
+    Half characters (lone surrogates, as undecodable file names and broken JSON yield) become U+FFFD in texts, while a path
+    keeps its bytes. A score that is not finite is no score.
+
+    Raises:
+        StoreError: a field that cannot be stored.
+    """
+    if record.source not in SOURCES:
+        raise StoreError(f"source {record.source!r} of caption {record.key!r:.80} is unknown; use one of {', '.join(SOURCES)}")
+    if record.caption is None:
+        raise StoreError(f"the caption of {record.key!r:.80} is None; leave the record out instead")
+    return (
+        check_key(record.key),
+        _text("caption", record.caption),
+        _text("label", record.label),
+        _score("similarity", record.similarity),
+        _score("rank", record.rank),
+        _text("captioner", record.captioner),
+        record.source,
+        _path(record.path),
+    )
+
+
+def from_row(row: tuple[Any, ...]) -> CaptionRecord:
+    """A record out of the columns ``COLUMNS``."""
+    path = row[7]
+    if isinstance(path, bytes):
+        row = (*row[:7], os.fsdecode(path))
+    return CaptionRecord(*row)
+
+
+def check_key(key: object) -> str:
+    """``key``, if it can name a record.
+
+    Raises:
+        StoreError: not a string, empty, too long, or not encodable.
+    """
+    if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY:
+        raise StoreError(f"key {key!r:.80} is not a string of 1 to {MAX_KEY} characters; use image_key(image)")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise StoreError(f"key {key!r:.80} is not valid Unicode; use image_key(image), or a hash of your own id") from None
+    return key
+
+
+def _text(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise StoreError(f"{name} {value!r:.80} is a {type(value).__name__}, not a string")
+    if len(value) > MAX_TEXT:
+        raise StoreError(f"{name} {value!r:.40}... has {len(value)} characters; {MAX_TEXT} is the limit")
+    return value if value.isascii() else "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in value)
+
+
+def _path(value: object) -> str | bytes | None:
+    """A path as text, or as its bytes where they are no UTF-8."""
+    if value is None:
+        return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise StoreError(f"path {value!r:.80} is not a string of up to {MAX_TEXT} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(value)
+        except UnicodeEncodeError:  # a surrogate that no file name can yield
+            return _text("path", value)
+    return value
+
+
+def _score(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise StoreError(f"{name} {value!r:.80} is not a number; pass a float, such as tensor.item()")
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,267 @@
+"""Captions, labels and similarities by image key, in one SQLite file."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgid_transforms.captions import exchange
+from sgid_transforms.captions.database import Database
+from sgid_transforms.captions.record import COLUMNS, CaptionRecord, check_key, from_row, to_row
+from sgid_transforms.errors import StoreError
+from sgid_transforms.guidance import rank_similarities
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x53474944  # "SGID"
+_SCHEMA = """
+CREATE TABLE captions (
+    key TEXT PRIMARY KEY NOT NULL, caption TEXT NOT NULL, label TEXT, similarity REAL, rank REAL,
+    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT
+) WITHOUT ROWID
+"""
+_ALL = ", ".join(COLUMNS)
+_GET = f"SELECT {_ALL} FROM captions WHERE key = ?"
+_CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
+
+_UPSERT = f"""
+INSERT INTO captions ({_ALL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET
+    caption = CASE WHEN %(take)s THEN excluded.caption ELSE caption END,
+    captioner = CASE WHEN %(take)s THEN excluded.captioner ELSE captioner END,
+    source = CASE WHEN %(take)s THEN excluded.source ELSE source END,
+    label = COALESCE(%(first)slabel, %(second)slabel),
+    path = COALESCE(%(first)spath, %(second)spath),
+    similarity = CASE
+        WHEN excluded.caption = caption THEN COALESCE(%(first)ssimilarity, %(second)ssimilarity)
+        WHEN %(take)s THEN excluded.similarity ELSE similarity END,
+    rank = CASE
+        WHEN excluded.caption = caption AND COALESCE(excluded.similarity = similarity, TRUE)
+            THEN COALESCE(%(first)srank, %(second)srank)
+        WHEN excluded.caption = caption THEN %(first)srank
+        WHEN %(take)s THEN excluded.rank ELSE rank END
+"""
+# "take" says whether the new record's text is taken; scores belong to one text. "first" is the side whose fields come first.
+_PUT = _UPSERT % {
+    "take": "(excluded.source = 'human' OR captions.source <> 'human')",
+    "first": "excluded.",
+    "second": "captions.",
+}
+_MERGE = _UPSERT % {
+    "take": "(excluded.source = 'human' AND captions.source <> 'human')",
+    "first": "captions.",
+    "second": "excluded.",
+}
+
+
+class CaptionStore:
+    """Captions by image key, in one SQLite file, for one writer at a time and any number of readers.
+
+    The file is opened at first use, once for each process and thread, so the object survives forks and pickles as its path.
+    A write-protected file, or one on read-only media, can be read as it is.
+
+    Captions with ``source="human"`` are replaced by other human ones only; similarities and ranks can always be updated.
+
+    Args:
+        path: of the file; created with the first use, unless ``readonly``.
+        readonly: refuse to write; the file must exist.
+
+    Raises:
+        StoreError: from every method, if the file cannot be read or written, is no caption store or one of a newer version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, readonly: bool = False) -> None:
+        text = os.fspath(path)
+        if not isinstance(text, str) or not text or "\0" in text:
+            raise StoreError(f"caption store path {text!r} is empty, of bytes, or holds a NUL character; choose another one")
+        self._database = Database(
+            Path(text),
+            readonly=readonly,
+            application_id=_APPLICATION_ID,
+            version=SCHEMA_VERSION,
+            schema=_SCHEMA,
+            what="caption store",
+        )
+
+    @property
+    def path(self) -> Path:
+        """The store's file."""
+        return self._database.path
+
+    @property
+    def readonly(self) -> bool:
+        """Whether this object refuses to write."""
+        return self._database.readonly
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": os.fspath(self.path), "readonly": self.readonly}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        CaptionStore.__init__(self, str(state["path"]), readonly=bool(state["readonly"]))
+
+    def __repr__(self) -> str:
+        return f"CaptionStore({os.fspath(self.path)!r}{', readonly=True' if self.readonly else ''})"
+
+    def get(self, key: str) -> CaptionRecord | None:
+        """The record of one image, or ``None``."""
+        with self._database.reading() as connection:
+            row = connection.execute(_GET, (check_key(key),)).fetchone()
+        return None if row is None else from_row(row)
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, CaptionRecord]:
+        """The records of those keys that have one."""
+        found: dict[str, CaptionRecord] = {}
+        with self._database.reading() as connection:
+            for chunk in _chunks(keys):
+                marks = ",".join("?" * len(chunk))
+                rows = connection.execute(f"SELECT {_ALL} FROM captions WHERE key IN ({marks})", chunk)
+                found.update((row[0], from_row(row)) for row in rows)
+        return found
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that have no record: each once, in their order."""
+        wanted = list(dict.fromkeys(keys))
+        known: set[str] = set()
+        with self._database.reading() as connection:
+            for chunk in _chunks(wanted):
+                marks = ",".join("?" * len(chunk))
+                known.update(row[0] for row in connection.execute(f"SELECT key FROM captions WHERE key IN ({marks})", chunk))
+        return [key for key in wanted if key not in known]
+
+    def put(self, record: CaptionRecord) -> None:
+        """Store one record; see :meth:`put_many`."""
+        self.put_many((record,))
+
+    def put_many(self, records: Iterable[CaptionRecord]) -> None:
+        """Store records in one transaction: all of them, or none after an error.
+
+        A record replaces an older one of its key, but a human caption stays where the new one is not human. A label or
+        path that the new record lacks is kept. Similarity and rank belong to a text: they are taken over, or kept, only
+        for the same caption.
+
+        Raises:
+            StoreError: a record that cannot be stored, or a file that cannot be written.
+        """
+        rows = [to_row(record) for record in records]
+        if rows:
+            with self._database.writing() as connection:
+                connection.executemany(_PUT, rows)
+
+    def set_similarities(self, similarities: Mapping[str, float | None]) -> None:
+        """Set the similarity of some records, of human captions as well; their ranks are unknown until :meth:`set_ranks`.
+
+        Args:
+            similarities: key -> cosine of (image, prompt). Keys without a record are left out.
+        """
+        rows = [(to_row(CaptionRecord(key, "", similarity=value))[3], key) for key, value in similarities.items()]
+        with self._database.writing() as connection:
+            connection.executemany("UPDATE captions SET similarity = ?, rank = NULL WHERE key = ?", rows)
+
+    def set_ranks(self) -> int:
+        """Rank the similarities of the whole store to [0, 1], equal ones alike; returns how many there are.
+
+        Records without a similarity get no rank.
+        """
+        with self._database.writing() as connection:
+            rows = connection.execute("SELECT key, similarity FROM captions WHERE similarity IS NOT NULL").fetchall()
+            ranks = rank_similarities([similarity for _, similarity in rows])
+            connection.execute("UPDATE captions SET rank = NULL WHERE similarity IS NULL AND rank IS NOT NULL")
+            pairs = zip(ranks, (key for key, _ in rows), strict=True)
+            connection.executemany("UPDATE captions SET rank = ? WHERE key = ?", pairs)
+        return len(rows)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove the records of ``keys``, human ones as well, so that they are captioned again."""
+        rows = [(check_key(key),) for key in keys]
+        with self._database.writing() as connection:
+            connection.executemany("DELETE FROM captions WHERE key = ?", rows)
+
+    def __iter__(self) -> Iterator[CaptionRecord]:
+        """All records by key. The store may be written meanwhile: each record is then seen as it is when its turn comes."""
+        last = ""
+        while True:
+            with self._database.reading() as connection:
+                rows = connection.execute(f"SELECT {_ALL} FROM captions WHERE key > ? ORDER BY key LIMIT {_CHUNK}", (last,))
+                page: list[tuple[Any, ...]] = rows.fetchall()
+            if not page:
+                return
+            last = page[-1][0]
+            yield from map(from_row, page)
+
+    def __len__(self) -> int:
+        with self._database.reading() as connection:
+            return int(connection.execute("SELECT count(*) FROM captions").fetchone()[0])
+
+    def __bool__(self) -> bool:  # an empty store is still a store
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.get(key) is not None
+
+    def merge(self, other: "CaptionStore | str | os.PathLike[str]") -> None:
+        """Take over what another store knows and this one does not, in one transaction.
+
+        For an image that both know, this store's caption stays unless only the other one is human. What is missing of
+        label, path, similarity and rank is filled in; scores only for the same caption. Ranks of two stores do not
+        compare: call :meth:`set_ranks` afterwards.
+        """
+        source = CaptionStore(other.path if isinstance(other, CaptionStore) else other, readonly=True)
+        try:
+            with self._database.writing() as connection:
+                connection.executemany(_MERGE, map(to_row, source))
+        finally:
+            source.close()
+
+    def export_metadata_jsonl(self, path: str | os.PathLike[str]) -> int:
+        """Write a ``metadata.jsonl`` as Hugging Face's ImageFolder reads it: ``file_name`` and ``text``, and our fields.
+
+        ``file_name`` is relative to the folder of ``path`` for images below it. Records without a path of their image have
+        no line, as the format has no place for them.
+
+        Returns:
+            How many records were written.
+
+        Raises:
+            StoreError: it cannot be written; an existing file is then left as it was.
+        """
+        return exchange.write_jsonl(self, Path(path))
+
+    def import_metadata_jsonl(self, path: str | os.PathLike[str], *, key: Callable[[Path], str] | None = None) -> int:
+        """Read a ``metadata.jsonl``: all of it, or nothing after an error.
+
+        Args:
+            path: of the file; images are looked for in its folder.
+            key: image file -> key, for lines without a ``key`` field; the default reads the image (``image_key``).
+
+        Returns:
+            How many records were read. Human captions in the store stay as they are.
+
+        Raises:
+            StoreError: a line that is not such a record, by its number.
+        """
+        records = exchange.read_jsonl(Path(path), key)
+        self.put_many(records)
+        return len(records)
+
+    def export_parquet(self, path: str | os.PathLike[str]) -> int:
+        """Write all records to a Parquet file, one column per field; returns how many. Needs the ``parquet`` extra."""
+        return exchange.write_parquet(self, Path(path))
+
+    def import_parquet(self, path: str | os.PathLike[str]) -> int:
+        """Read what :meth:`export_parquet` wrote, or any Parquet file with the columns ``key`` and ``caption``.
+
+        Returns:
+            How many records were read. Human captions in the store stay as they are, where the new ones are not human.
+        """
+        records = exchange.read_parquet(Path(path))
+        self.put_many(records)
+        return len(records)
+
+    def close(self) -> None:
+        """Close this process's connections; the next use opens the file again."""
+        self._database.close()
+
+
+def _chunks(keys: Iterable[str]) -> Iterator[Sequence[str]]:
+    checked = [check_key(key) for key in keys]
+    for start in range(0, len(checked), _CHUNK):
+        yield checked[start : start + _CHUNK]
