@@ -1,0 +1,216 @@
+"""Pixels to image-file bytes and back, in the formats that a recipe can name.
+
+Decoding is the hot path of a training, so each format goes through the fastest decoder at hand, and every file's size is
+read from its header before memory is asked for. The measured table that led to ``"auto"`` is in ``docs/stores.md``.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torchvision import io as tv_io
+
+from sgid_transforms.errors import StoreError
+
+IMAGE_FORMATS = ("auto", "png", "webp-lossless", "webp", "jpeg")
+MAX_PIXELS = 2**26
+"""A file whose header promises more pixels than this (8192 x 8192) is damaged or a decompression bomb."""
+
+Pixels = npt.NDArray[np.uint8]
+
+_EXTENSION = {"png": ".png", "webp-lossless": ".webp", "webp": ".webp", "jpeg": ".jpg"}
+_LARGEST_AUTO_PNG = 64 * 64
+_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_RGB8 = b"\x08\x02\x00\x00\x00"
+_JPEG_START = b"\xff\xd8\xff"
+_TWO_LONGS = struct.Struct(">II")
+_LONG = struct.Struct(">I")
+
+
+class UndecodableImageError(ValueError):
+    """The bytes are no image that a store could have written; the message says why."""
+
+
+def resolve_format(image_format: str, height: int, width: int) -> str:
+    """The file format behind ``image_format`` for one image size: ``"auto"`` is PNG up to 64 x 64 pixels, JPEG above."""
+    if image_format == "auto":
+        return "png" if height * width <= _LARGEST_AUTO_PNG else "jpeg"
+    if image_format not in _EXTENSION:
+        raise StoreError(f"image format {image_format!r} is unknown; use one of {', '.join(IMAGE_FORMATS)}")
+    return image_format
+
+
+def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]:
+    """Encode a uint8 image.
+
+    Args:
+        image: uint8 tensor (3, H, W), RGB.
+        image_format: ``"png"`` (lossless, not compressed: the fastest to read), ``"webp-lossless"`` (lossless, small),
+            ``"webp"`` (quality 95), ``"jpeg"`` (quality 95, 4:2:0) or ``"auto"``.
+
+    Returns:
+        The file's bytes and its extension.
+
+    Raises:
+        StoreError: wrong dtype, shape or format.
+    """
+    if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        what = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
+        raise StoreError(f"a variant must be a uint8 tensor of shape (3, H, W), not {what}")
+    height, width = image.shape[1:]
+    if not 0 < height * width <= MAX_PIXELS or max(height, width) > 16383:
+        raise StoreError(f"a variant of {width} x {height} pixels cannot be stored; 1 x 1 to 8192 x 8192 can")
+    pixels = np.ascontiguousarray(image.detach().permute(1, 2, 0).cpu().numpy())
+    kind = resolve_format(image_format, height, width)
+    if kind == "png":
+        return _encode_png(pixels), _EXTENSION[kind]
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels)
+    if kind == "webp-lossless":
+        picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)
+    elif kind == "webp":
+        picture.save(buffer, "WEBP", quality=95, method=4)
+    else:
+        picture.save(buffer, "JPEG", quality=95, subsampling="4:2:0")
+    return buffer.getvalue(), _EXTENSION[kind]
+
+
+def decode(data: bytes) -> Pixels:
+    """Decode a PNG, JPEG or WebP file to uint8 pixels of shape (H, W, 3), RGB, writable.
+
+    Bytes after the image's own end are ignored.
+
+    Raises:
+        UndecodableImageError: not an image of these formats, too many pixels, or damaged.
+    """
+    if data.startswith(_PNG_START):
+        pixels = _decode_stored_png(data)
+        if pixels is not None:
+            return pixels
+    width, height = image_size(data)
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UndecodableImageError(f"the header promises {width} x {height} pixels")
+    try:
+        decoded = _decode_with_torchvision(data)
+    except RuntimeError:  # a torchvision built without this codec, or a damaged file
+        return _decode_with_pillow(data)
+    return decoded
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height as an image file's header gives them, without decoding.
+
+    Raises:
+        UndecodableImageError: not a PNG, JPEG or WebP file, or cut off within the header.
+    """
+    try:
+        if data.startswith(_PNG_START):
+            width, height = _TWO_LONGS.unpack_from(data, 16)
+            return width, height
+        if data.startswith(_JPEG_START):
+            return _jpeg_size(data)
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return _webp_size(data)
+    except (struct.error, IndexError):
+        raise UndecodableImageError("the image header is cut off") from None
+    raise UndecodableImageError("the file is not a PNG, JPEG or WebP image")
+
+
+def _chunk(kind: bytes, payload: bytes) -> bytes:
+    return _LONG.pack(len(payload)) + kind + payload + _LONG.pack(zlib.crc32(kind + payload))
+
+
+def _encode_png(pixels: Pixels) -> bytes:
+    """A PNG with filter 0 and stored (level 0) deflate blocks: a small image takes up whole disk blocks anyway."""
+    height, width, _ = pixels.shape
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = _chunk(b"IHDR", _TWO_LONGS.pack(width, height) + _PNG_RGB8)
+    return _PNG_START[:8] + header + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 0)) + _chunk(b"IEND", b"")
+
+
+def _decode_stored_png(data: bytes) -> Pixels | None:
+    """Decode what ``_encode_png`` wrote; ``None`` for a PNG of any other make, which the general decoders can have."""
+    if data[24:29] != _PNG_RGB8 or data[37:41] != b"IDAT":
+        return None
+    width, height = _TWO_LONGS.unpack_from(data, 16)
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UndecodableImageError(f"the header promises {width} x {height} pixels")
+    size = height * (1 + 3 * width)
+    end = 41 + _LONG.unpack_from(data, 33)[0]
+    try:
+        # The length limit keeps a bomb from unpacking; the extra byte shows that there is more than there should be.
+        raw = zlib.decompressobj().decompress(memoryview(data)[41:end], size + 1)
+    except zlib.error as error:
+        raise UndecodableImageError(f"the PNG data cannot be unpacked ({error})") from None
+    if len(raw) != size:
+        return None
+    rows = np.frombuffer(raw, np.uint8).reshape(height, 1 + 3 * width)
+    if rows[:, 0].any():
+        return None
+    return rows[:, 1:].copy().reshape(height, width, 3)
+
+
+def _decode_with_torchvision(data: bytes) -> Pixels:
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # from_buffer wants writable memory
+    mode = tv_io.ImageReadMode.RGB
+    if data.startswith(_JPEG_START):
+        decoded = tv_io.decode_jpeg(buffer, mode)
+    elif data.startswith(b"RIFF"):
+        decoded = tv_io.decode_webp(buffer, mode)
+    else:
+        decoded = tv_io.decode_png(buffer, mode)
+    if decoded.dtype != torch.uint8:
+        raise RuntimeError("16-bit image")
+    pixels: Pixels = decoded.permute(1, 2, 0).numpy()
+    return pixels
+
+
+def _decode_with_pillow(data: bytes) -> Pixels:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+                return np.array(picture.convert("RGB"))
+    except Exception as error:  # Pillow's plug-ins raise almost anything on hostile bytes
+        raise UndecodableImageError(f"the image cannot be decoded ({type(error).__name__})") from None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Follow the segments to the frame header (ITU-T T.81, B.2.2), which alone has the size."""
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            raise UndecodableImageError("the JPEG segments are broken")
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        elif marker in (0xD9, 0xDA):
+            raise UndecodableImageError("the JPEG has no frame header before its data")
+        else:
+            length: int = struct.unpack_from(">H", data, at + 2)[0]
+            at += 2 + max(length, 2)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """The size in the first chunk of a WebP container (RFC 9649, section 2)."""
+    kind = data[12:16]
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X":
+        if len(data) < 30:
+            raise UndecodableImageError("the image header is cut off")
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    raise UndecodableImageError("the WebP container starts with an unknown chunk")

@@ -1,0 +1,115 @@
+"""How a variant came about, stored inside its file."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sgid_transforms.errors import StoreError
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """All that led to one variant.
+
+    Args:
+        prompt: the text that the model saw, after truncation.
+        negative_prompt: the text that it was steered away from.
+        seed: of the noise, the one of the accepted attempt.
+        strength: share of the noise schedule that was run, in (0, 1].
+        guidance_scale: classifier-free guidance scale.
+        similarity: rank or cosine of the image and its text that the guidance scale came from.
+        label_score: probability of the label as the label filter saw it.
+        image_similarity: cosine of the variant's and the original's image embeddings.
+        model: model id or folder.
+        revision: of the model.
+        sampler: name of the sampler.
+        num_inference_steps: length of the whole schedule.
+        attempt: 0 for the first try, 1 for the first retry after a filter, ...
+        label: name of the class.
+        caption: the caption behind the prompt.
+        versions: package name -> version.
+        extra: anything else that JSON can hold.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    strength: float = 0.0
+    guidance_scale: float = 0.0
+    similarity: float | None = None
+    label_score: float | None = None
+    image_similarity: float | None = None
+    model: str = ""
+    revision: str | None = None
+    sampler: str = ""
+    num_inference_steps: int = 0
+    attempt: int = 0
+    label: str | None = None
+    caption: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One line of ASCII JSON, the same for equal provenances.
+
+        Raises:
+            StoreError: a number is not finite, or ``extra`` holds what JSON cannot.
+        """
+        values = {name: _plain(getattr(self, name)) for name in _FIELDS}
+        for name in ("similarity", "label_score", "image_similarity"):  # a score that could not be computed is no score
+            if isinstance(values[name], float) and not math.isfinite(values[name]):
+                values[name] = None
+        try:
+            # ASCII escapes keep NUL, surrogates and any other text from mattering to the file.
+            return json.dumps(values, ensure_ascii=True, allow_nan=False, sort_keys=True, separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise StoreError(f"the provenance of a variant cannot be written as JSON: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Provenance":
+        """Read what ``to_json`` wrote; fields of later versions are ignored.
+
+        Raises:
+            ValueError: not JSON, not an object, or a field of the wrong type.
+        """
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("the provenance is nested too deeply") from error
+        if not isinstance(values, dict):
+            raise ValueError("the provenance is not a JSON object")
+        known = {name: value for name, value in values.items() if name in _FIELDS}
+        for name, value in known.items():
+            if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
+                raise ValueError(f"the provenance's {name} is {type(value).__name__}")
+        if "prompt" not in known:
+            raise ValueError("the provenance has no prompt")
+        return cls(**known)
+
+
+_NUMBER = (int, float)
+_MAYBE_NUMBER = (int, float, type(None))
+_MAYBE_TEXT = (str, type(None))
+_KINDS: dict[str, tuple[type, ...]] = {
+    "similarity": _MAYBE_NUMBER,
+    "label_score": _MAYBE_NUMBER,
+    "image_similarity": _MAYBE_NUMBER,
+    "strength": _NUMBER,
+    "guidance_scale": _NUMBER,
+    "seed": (int,),
+    "num_inference_steps": (int,),
+    "attempt": (int,),
+    "revision": _MAYBE_TEXT,
+    "label": _MAYBE_TEXT,
+    "caption": _MAYBE_TEXT,
+    "versions": (dict,),
+    "extra": (dict,),
+}
+_FIELDS: dict[str, tuple[type, ...]] = {item.name: _KINDS.get(item.name, (str,)) for item in dataclasses.fields(Provenance)}
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
