@@ -27,7 +27,7 @@ def kl_vae() -> Any:
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(16, 32),
+        block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
@@ -62,7 +62,7 @@ def unet(cross: int = WIDTH, **options: Any) -> Any:
 
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "block_out_channels": (32, 64),
+        "block_out_channels": (16, 32),
         "layers_per_block": 1,
         "sample_size": SIZE // 2,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -186,8 +186,8 @@ def image(seed: int = 0, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
     return (large[0] * 255).round().to(torch.uint8)
 
 
-def request(seed: int = 0, **changes: Any) -> GenerationRequest:
-    """A request for a variant of `image(seed)`."""
-    settings: dict[str, Any] = {"prompt": f"a photo of a cat, number {seed}", "seed": seed, "id": str(seed)}
+def request(number: int = 0, **changes: Any) -> GenerationRequest:
+    """A request for a variant of `image(number)`."""
+    settings: dict[str, Any] = {"prompt": f"a photo of a cat, number {number}", "seed": number, "id": str(number)}
     pixels = changes.pop("image", None)
-    return GenerationRequest(image=image(seed) if pixels is None else pixels, **settings | changes)
+    return GenerationRequest(image=image(number) if pixels is None else pixels, **settings | changes)

@@ -151,7 +151,7 @@ class NativeEngine:
             raise ModelLoadError(obstacle)
         low, high = guidance_interval
         if not 0 <= low <= high <= 1:
-            raise RecipeError(f"guidance_interval {guidance_interval} is not a range within [0, 1]; use for example (0.2, 0.8)")
+            raise RecipeError(f"guidance_interval {guidance_interval} is no range within [0, 1]; use for example (0.2, 0.8)")
         if batch_size < 1:
             raise RecipeError(f"batch_size {batch_size} leaves no room for a sample; use at least 1")
         self.batch_size = batch_size
@@ -441,9 +441,11 @@ class NativeEngine:
         else:
             own = [(s.request.image.shape[-2], s.request.image.shape[-1]) for s in group]
             ready = [to_uint8(resize(image[None], size))[0].cpu() for image, size in zip(images, own, strict=True)]
-        # clone: an entry is a view, and would keep (and pickle) its whole batch
+        # copied, since an entry is a view, and would keep (and pickle) its whole batch
         return [
-            image.contiguous().clone() if good else RejectedImageError("nan", f"the model returned NaN for request {_name(s)}")
+            image.clone(memory_format=torch.contiguous_format)
+            if good
+            else RejectedImageError("nan", f"the model returned NaN for request {_name(s)}")
             for s, image, good in zip(group, ready, finite, strict=True)
         ]
 

@@ -87,7 +87,7 @@ class LatentCache:
         digest = hashlib.sha256(json.dumps(dict(vae.config), sort_keys=True, default=str).encode())
         for name, tensor in vae.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # whatever the memory format
         self._model = digest.digest()
 
     def key(self, image: Tensor, size: tuple[int, int]) -> str:
@@ -118,8 +118,9 @@ class LatentCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            # clone: an entry is a view into its whole batch
-            save_file({name: t.cpu().clone() for name, t in zip(("mean", "std"), encoded, strict=False)}, temporary)
+            # copied, since an entry is a view into its whole batch
+            own = [t.cpu().clone(memory_format=torch.contiguous_format) for t in encoded]
+            save_file(dict(zip(("mean", "std"), own, strict=False)), temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

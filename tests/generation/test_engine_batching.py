@@ -1,0 +1,125 @@
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgid_transforms.errors import GenerationError
+from sgid_transforms.generation.batching import BatchLimit, is_out_of_memory, longest_first, run_isolated
+
+
+def square(items: list[int]) -> list[int]:
+    return [item * item for item in items]
+
+
+def failing(bad: set[int], sizes: list[int] | None = None) -> Callable[[list[int]], list[int]]:
+    def work(items: list[int]) -> list[int]:
+        if sizes is not None:
+            sizes.append(len(items))
+        if bad & set(items):
+            raise ValueError(f"cannot take {sorted(bad & set(items))}")
+        return square(items)
+
+    return work
+
+
+@given(st.lists(st.integers(1, 3), max_size=30), st.integers(1, 8))
+def test_batches_keep_order_and_limit(costs: list[int], limit: int) -> None:
+    seen: list[list[int]] = []
+
+    def work(items: list[int]) -> list[int]:
+        seen.append(items)
+        return square(items)
+
+    results = run_isolated(work, range(len(costs)), BatchLimit(limit), cost=lambda i: costs[i])
+    assert results == square(list(range(len(costs))))
+    assert [i for items in seen for i in items] == list(range(len(costs)))
+    assert all(sum(costs[i] for i in items) <= limit or len(items) == 1 for items in seen)
+
+
+@given(st.sets(st.integers(0, 19), max_size=4))
+def test_only_the_bad_items_fail(bad: set[int]) -> None:
+    results = run_isolated(failing(bad), range(20), BatchLimit(20))
+    for i, result in enumerate(results):
+        if i in bad:
+            assert isinstance(result, ValueError)
+            assert str(result) == f"cannot take [{i}]"
+        else:
+            assert result == i * i
+
+
+def test_a_bad_item_does_not_lower_the_limit() -> None:
+    limit, sizes = BatchLimit(8), list[int]()
+    run_isolated(failing({1}, sizes), range(16), limit)
+    assert limit.value == 8
+    assert sizes[-1] == 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "cublas", "host"],
+)
+def test_memory_halves_the_batch_and_is_remembered(error: Exception) -> None:
+    limit, sizes = BatchLimit(16), list[int]()
+
+    def work(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        if len(items) > 5:
+            raise error
+        return square(items)
+
+    assert run_isolated(work, range(20), limit) == square(list(range(20)))
+    assert (limit.value, limit.halvings) == (4, 2)
+    sizes.clear()
+    run_isolated(work, range(20), limit)
+    assert sizes == [4] * 5
+
+
+def test_memory_that_does_not_do_for_one() -> None:
+    def work(items: Sequence[int]) -> list[int]:
+        if 3 in items:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return square(list(items))
+
+    results = run_isolated(work, range(6), BatchLimit(4))
+    assert isinstance(results[3], GenerationError)
+    assert str(results[3]).startswith("out of memory at a batch of one (CUDA out of memory); lower the resolution")
+    assert [r for i, r in enumerate(results) if i != 3] == [0, 1, 4, 16, 25]
+
+
+def test_interrupts_are_not_swallowed() -> None:
+    def work(items: list[int]) -> list[int]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_isolated(work, range(3), BatchLimit(2))
+
+
+def test_ordinary_errors_are_not_memory_errors() -> None:
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(1, 16))
+def test_longest_first_takes_the_fewest_batches(steps: list[int], limit: int) -> None:
+    remaining, batches = list(steps), 0
+    while any(remaining):
+        alive = [i for i, left in enumerate(remaining) if left]
+        chosen = longest_first([remaining[i] for i in alive], [1] * len(alive), limit)
+        assert len(chosen) == min(limit, len(alive))
+        for i in chosen:
+            remaining[alive[i]] -= 1
+        batches += 1
+    assert batches == max(max(steps), -(-sum(steps) // limit))
+
+
+def test_rows_left_over_go_to_a_sample_that_fits() -> None:
+    assert longest_first([9, 8, 7, 6], [2, 2, 2, 1], 5) == [0, 1, 3]
+    assert longest_first([3], [2], 1) == [0]

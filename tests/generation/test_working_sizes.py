@@ -1,0 +1,63 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import image
+
+from sgid_transforms.errors import RecipeError
+from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([(32, 8), (512, 64), (1024, 32)]))
+def test_buckets_keep_area_and_aspect(height: int, width: int, model: tuple[int, int]) -> None:
+    resolution, multiple = model
+    rows, columns = working_size(height, width, resolution, multiple)
+    assert rows % multiple == columns % multiple == 0
+    assert rows >= multiple <= columns
+    aspect = min(max(height / width, 1 / 4), 4)
+    assert abs(rows - resolution * aspect**0.5) <= multiple / 2
+    assert abs(columns - resolution / aspect**0.5) <= multiple / 2
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((375, 500), (448, 576)), ((500, 375), (576, 448)), ((512, 512), (512, 512)), ((10, 1000), (256, 1024))],
+)
+def test_sizes_at_512(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert working_size(*size, 512, 64) == expected
+
+
+def test_a_pair_is_taken_as_it_is() -> None:
+    assert working_size(100, 300, (64, 128), 64) == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "message"),
+    [
+        (4, "resolution 4 is too small for this model; use at least 8"),
+        ((16, 20), r"resolution \(16, 20\) cannot be used; give height and width as multiples of 8"),
+        ((0, 8), "multiples of 8"),
+    ],
+)
+def test_resolutions_that_cannot_work(resolution: int | tuple[int, int], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_resolution(resolution, 8)
+
+
+def test_resizing_to_the_same_size_is_no_work() -> None:
+    pixels = torch.rand(2, 3, 8, 12)
+    assert resize(pixels, (8, 12)) is pixels
+
+
+def test_there_and_back_keeps_a_smooth_picture() -> None:
+    pixels = image(3, 20, 28)[None].float() / 255
+    larger = resize(pixels, (64, 96))
+    assert larger.shape == (1, 3, 64, 96)
+    assert 0 <= larger.min() <= larger.max() <= 1
+    assert (resize(larger, (20, 28)) - pixels).abs().max() < 0.05
+
+
+def test_every_level_survives_the_round_trip() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels.float() / 255), levels)
+    assert to_uint8(torch.tensor([-0.1, 1.1])).tolist() == [0, 255]
