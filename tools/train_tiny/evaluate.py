@@ -44,7 +44,7 @@ def accuracy(judge: classifier.Classifier, images: torch.Tensor, labels: torch.T
 def measure_vae(bundle: Path, data: Split, judge: classifier.Classifier) -> dict[str, float]:
     from diffusers import AutoencoderTiny
 
-    vae = AutoencoderTiny.from_pretrained(bundle / "pipeline", subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+    vae = AutoencoderTiny.from_pretrained(bundle / "pipeline", subfolder="vae", dtype=torch.float32, use_safetensors=True)
     out = [vae.decode(vae.encode(x.float() / 127.5 - 1).latents).sample.clamp(-1, 1) for x in data.images.split(250)]
     rebuilt = ((torch.cat(out) + 1) * 127.5).round().to(torch.uint8)
     mse = ((rebuilt.float() - data.images.float()) / 255).pow(2).mean((1, 2, 3))
@@ -135,7 +135,7 @@ def load_pipeline(bundle: Path):
     from diffusers import StableDiffusionImg2ImgPipeline
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(
-        bundle / "pipeline", torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        bundle / "pipeline", dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)

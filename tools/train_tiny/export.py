@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def main() -> None:
     for folder in ("pipeline", "clip", "captioner"):
         shutil.rmtree(args.out / folder, ignore_errors=True)
     pipeline(args.work, args.allow_missing).save_pretrained(args.out / "pipeline", safe_serialization=True)
+    # diffusers writes this derived entry and then warns about it at every load: it is derived again there.
+    config = args.out / "pipeline" / "vae" / "config.json"
+    entries = json.loads(config.read_text())
+    del entries["block_out_channels"]
+    config.write_text(json.dumps(entries, indent=2))
 
     tokenizer = tokenizer_stage.load(args.work / "tokenizer")
     clip = load_or_random(CLIPModel(clip_stage.config(tokenizer)), args.work, "clip", "clip", args.allow_missing)

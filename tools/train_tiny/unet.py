@@ -6,9 +6,14 @@ images (classifier-free guidance). Loss weights are min-SNR-5 (Hang et al. 2023,
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -54,14 +59,24 @@ def shifted_betas(shift: float = 4.0) -> list[float]:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
-    """Latents (N, 12, 16, 16) in float16 of uint8 images."""
-    batches = tqdm(images.split(500), desc="latents", mininterval=10)
-    return torch.cat([vae.encode(to_float(batch)).latents.half() for batch in batches])
+def encode_all(vae: AutoencoderTiny, images: torch.Tensor, work: Path) -> torch.Tensor:
+    """Latents (2, N, 12, 16, 16) in float16 of uint8 images and of their mirror images, kept in ``work`` for a resumed run."""
+    path = work / "latents.safetensors"
+    key = hashlib.sha256(vae.encoder.layers[0].weight.numpy().tobytes() + images[:100].numpy().tobytes()).hexdigest()
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return file.get_tensor("latents")
+    both = torch.cat([images, images.flip(-1)])
+    batches = tqdm(both.split(500), desc="latents", mininterval=10)
+    latents = torch.cat([vae.encode(to_float(batch)).latents.half() for batch in batches])
+    latents = latents.contiguous().view(2, len(images), *latents.shape[1:])
+    save_file({"latents": latents}, path, {"key": key})
+    return latents
 
 
 def main() -> None:
-    p = parser(__doc__.splitlines()[0], steps=8000, lr=8e-4, decay=0.35)
+    p = parser(__doc__.splitlines()[0], steps=8000, batch_size=32, lr=7e-4, decay=0.4)
     p.add_argument("--t-max", type=int, default=900, help="timesteps beyond are not trained: image-to-image never starts there")
     args = p.parse_args()
     if args.threads:
@@ -75,7 +90,8 @@ def main() -> None:
     vae.load_state_dict(averaged(args.work, "vae")["vae"])
     vae.eval().to(memory_format=torch.channels_last)
     # Both mirror images are encoded once: the encoder then costs nothing for the hours that follow.
-    latents = torch.stack([encode_all(vae, data.images), encode_all(vae, data.images.flip(-1))])
+    args.work.mkdir(parents=True, exist_ok=True)
+    latents = encode_all(vae, data.images, args.work)
     scale = 1 / latents[0].float().std().item()
     del vae
 
@@ -110,6 +126,7 @@ def main() -> None:
         return weighted, {"mse": error.mean().item(), "mse_mid": error[len(error) // 2].item()}
 
     optimizer = torch.optim.AdamW([*unet.parameters(), *text.parameters()], args.lr, weight_decay=0.01, betas=(0.9, 0.99))
+    # The export divides by the spread of the latents that the UNet was trained on.
     (args.work / "latent_scale.txt").write_text(repr(scale))
     Stage("unet", {"unet": unet, "text_encoder": text}, loss, optimizer, ema_decay=0.9985).run(args)
 

@@ -32,7 +32,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     data = load_split(args.data, "pretrain").images
-    train, held_out = data[:-1000], to_float(data[-1000:])
+    count = min(1000, len(data) // 10)
+    train, held_out = data[:-count], to_float(data[-count:])
     vae = AutoencoderTiny(**CONFIG).to(memory_format=torch.channels_last)
 
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
