@@ -1,0 +1,179 @@
+"""Figures that say whether variants keep their label, stay near their original, and differ from each other.
+
+All of them work on embeddings ``(N, D)`` of any model, or on images and a scorer such as
+:class:`~sgid_transforms.captions.similarity.CLIPScorer`. FID, KID and LPIPS need weights that are downloaded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from sgid_transforms.report._torchmetrics import fid, kid, lpips
+
+__all__ = [
+    "Scorer",
+    "cmmd",
+    "fid",
+    "image_image_similarity",
+    "image_text_similarity",
+    "kid",
+    "label_agreement",
+    "lpips",
+    "mean_pairwise_distance",
+    "vendi_score",
+]
+
+_BLOCK = 4096
+
+
+class Scorer(Protocol):
+    """What is asked of an image-text model; ``CLIPScorer`` is one."""
+
+    def image_features(self, images: Sequence[torch.Tensor], /) -> torch.Tensor:
+        """Embeddings ``(N, D)`` of unit length of uint8 images ``(3, H, W)``."""
+
+    def image_text(self, images: Sequence[torch.Tensor], texts: Sequence[str], /) -> torch.Tensor:
+        """Cosine ``(N,)`` of each image with its text."""
+
+    def label_probabilities(self, images: Sequence[torch.Tensor], labels: Sequence[str], /) -> torch.Tensor:
+        """Probability ``(N, L)`` of each label, by a softmax over the labels."""
+
+
+def image_text_similarity(images: Sequence[torch.Tensor], texts: Sequence[str], scorer: Scorer) -> torch.Tensor:
+    """CLIP score of each image and its text: the cosine of their embeddings, in [-1, 1] (Hessel et al. 2021, arXiv 2104.08718).
+
+    Shape:
+        N uint8 images ``(3, H, W)`` of any sizes, N texts -> ``(N,)``.
+
+    Raises:
+        ValueError: as many texts as there are not images.
+    """
+    _same_length("images", images, "texts", texts)
+    return scorer.image_text(images, texts) if len(images) else torch.zeros(0)
+
+
+def image_image_similarity(images: Sequence[torch.Tensor], others: Sequence[torch.Tensor], scorer: Scorer) -> torch.Tensor:
+    """Cosine of the CLIP embeddings of each image and its counterpart, in [-1, 1]; 1 for equal images.
+
+    Shape:
+        N and N uint8 images ``(3, H, W)`` of any sizes -> ``(N,)``.
+
+    Raises:
+        ValueError: the two lists differ in length.
+    """
+    _same_length("images", images, "others", others)
+    if not len(images):
+        return torch.zeros(0)
+    return (_unit(scorer.image_features(images)) * _unit(scorer.image_features(others))).sum(1).clamp(-1, 1)
+
+
+def label_agreement(
+    images: Sequence[torch.Tensor], labels: Sequence[str], class_names: Sequence[str], scorer: Scorer
+) -> torch.Tensor:
+    """Whether CLIP, asked for one of the class names, answers with the image's label; its mean is the share that does.
+
+    The answer is as good as the scorer: compare with the figure of the originals, which is seldom 1.
+
+    Shape:
+        N uint8 images ``(3, H, W)`` of any sizes, N labels -> bool ``(N,)``.
+
+    Raises:
+        ValueError: as many labels as there are not images, fewer than two class names, or a label that is none of them.
+    """
+    _same_length("images", images, "labels", labels)
+    if len(set(class_names)) < 2:
+        raise ValueError(f"label agreement among the class names {list(class_names)} says nothing; give at least two of them")
+    index = {name: number for number, name in enumerate(class_names)}
+    for label in labels:
+        if label not in index:
+            raise ValueError(f"label {label!r} is none of the {len(index)} class names; add it to them")
+    if not len(images):
+        return torch.zeros(0, dtype=torch.bool)
+    answers = scorer.label_probabilities(images, class_names).argmax(1).cpu()
+    return answers == torch.tensor([index[label] for label in labels])
+
+
+def cmmd(features: torch.Tensor, others: torch.Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """Distance of two sets of images in CLIP's space: squared maximum mean discrepancy with a Gaussian kernel, times ``scale``.
+
+    0 for equal sets. Unlike FID it assumes no normal distribution and does not need thousands of images. The estimate is
+    the one of the paper's code, whose expectation is above 0 for two samples of one distribution: compare with the
+    figure of two halves of the originals. Figures of different CLIP models do not compare (the paper's is ViT-L/14 at 336 px).
+
+    Source: Jayasumana et al. 2024, "Rethinking FID", arXiv 2401.09603.
+
+    Args:
+        features: embeddings ``(N, D)``; scaled to unit length here, as in the paper's code.
+        others: embeddings ``(M, D)``.
+        sigma: width of the kernel.
+        scale: only makes the figure readable.
+
+    Raises:
+        ValueError: not two non-empty matrices of one width.
+    """
+    x, y = _unit(features), _unit(others)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"embeddings of {x.shape[1]} and {y.shape[1]} numbers are of different models; use one for both sets")
+    distance = _mean_kernel(x, x, sigma) + _mean_kernel(y, y, sigma) - 2 * _mean_kernel(x, y, sigma)
+    return max(0.0, scale * distance)
+
+
+def vendi_score(features: torch.Tensor) -> float:
+    """Effective number of different images: 1 for N equal ones, N for N that have nothing in common.
+
+    The exponential of the entropy of the eigenvalues of ``K / N``, with cosines as the kernel ``K``. It grows with N:
+    compare sets of one size.
+
+    Source: Friedman and Dieng 2023, "The Vendi Score", arXiv 2210.02410.
+
+    Args:
+        features: embeddings ``(N, D)``; scaled to unit length here.
+
+    Raises:
+        ValueError: not a non-empty matrix.
+    """
+    x = _unit(features)
+    # X X^T and X^T X share their eigenvalues but for zeros: take the smaller one.
+    gram = x @ x.T if len(x) <= x.shape[1] else x.T @ x
+    shares = torch.linalg.eigvalsh(gram / len(x)).clamp(min=0)
+    return float(torch.special.entr(shares / shares.sum()).sum().exp())
+
+
+def mean_pairwise_distance(features: torch.Tensor) -> float:
+    """Mean cosine distance, ``1 - cosine`` in [0, 2], over all pairs of different rows; 0 for equal images.
+
+    Args:
+        features: embeddings ``(N, D)`` with N of at least 2; scaled to unit length here.
+
+    Raises:
+        ValueError: not a matrix of at least two rows.
+    """
+    x = _unit(features)
+    n = len(x)
+    if n < 2:
+        raise ValueError(f"a distance between pairs needs at least 2 images, got {n}")
+    # The sum of all cosines is the squared length of the sum of all rows: no N x N matrix is needed.
+    cosines = float(x.sum(0).square().sum()) - n
+    return min(2.0, max(0.0, 1 - cosines / (n * (n - 1))))
+
+
+def _mean_kernel(x: torch.Tensor, y: torch.Tensor, sigma: float) -> float:
+    # For rows of unit length |a - b|^2 = 2 - 2ab. Blocks bound the memory: 4096 x M doubles at a time.
+    total = sum(float(torch.exp((rows @ y.T - 1) / sigma**2).sum()) for rows in x.split(_BLOCK))
+    return total / (len(x) * len(y))
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    """Rows of unit length in double precision: differences of means near 1 lose what floats have."""
+    if features.ndim != 2 or not features.numel():
+        raise ValueError(f"embeddings of shape {tuple(features.shape)} are not (N, D) with at least one row; stack them")
+    return F.normalize(features.detach().cpu().double(), dim=1)
+
+
+def _same_length(name: str, values: Sequence[object], other: str, others: Sequence[object]) -> None:
+    if len(values) != len(others):
+        raise ValueError(f"got {len(values)} {name} and {len(others)} {other}; give one for each")
