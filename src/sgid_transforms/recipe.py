@@ -16,7 +16,6 @@ from sgid_transforms.presets import PRESETS, STRENGTH_RANGES, TINY, TINY_EDITION
 from sgid_transforms.prompts import parse_template
 
 LabelCheck = Literal["none", "argmax", "threshold"]
-Sampler = Literal["auto", "ddim", "euler", "dpmsolver++", "lcm"]
 
 LABEL_CHECKS: Final = ("none", "argmax", "threshold")
 SAMPLERS: Final = ("auto", "ddim", "euler", "dpmsolver++", "lcm")
@@ -92,7 +91,8 @@ class Recipe:
         strength: share of the noise schedule that is redone, in [0.001, 1]: near 0 returns the original, 1 ignores it. A range
             ``(low, high)`` is drawn from uniformly, per variant.
         guidance: classifier-free guidance scale, at least 0, or a :class:`SimilarityGuidance`. At most 1 is no guidance.
-        num_inference_steps: steps of the whole schedule, 1 to 1000; ``int(num_inference_steps * strength)`` of them are run.
+        num_inference_steps: steps of the whole schedule, 1 to 1000; ``int(num_inference_steps * strength)`` of them are run,
+            at least one (a latent consistency model runs them all, over a shorter range of noise).
         resolution: the model's working size in pixels: the side of a square whose area is kept for other aspect ratios, or
             ``(height, width)``; ``None``: the model's own. Variants come back in the size of their original.
         sampler: ``"ddim"``, ``"euler"``, ``"dpmsolver++"`` (2M), ``"lcm"``, or ``"auto"``: what the checkpoint's scheduler is.
@@ -100,7 +100,7 @@ class Recipe:
             outside it the prompt is followed without guidance (Kynkäänniemi et al. 2024, arXiv 2404.07724).
         seed: the user's seed, in [0, 2**63).
         filters: see :class:`Filters`.
-        image_format: how variants are stored: one of ``IMAGE_FORMATS``.
+        image_format: how variants are stored: ``"png"``, ``"webp-lossless"``, ``"webp"``, ``"jpeg"``, or ``"auto"``: by size.
 
     Raises:
         RecipeError: for a value of the wrong type or outside its range, in one sentence.
@@ -118,7 +118,7 @@ class Recipe:
     guidance_interval: tuple[float, float] = TINY["guidance_interval"]
     seed: int = 0
     filters: Filters = field(default_factory=lambda: Filters(**TINY["filters"]))
-    image_format: str = IMAGE_FORMATS[0]
+    image_format: str = "auto"
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # normalised here, so that equal settings are equal recipes: 5 and 5.0, a list and a tuple
@@ -132,7 +132,8 @@ class Recipe:
             put(self, "guidance", _checks.number("guidance", self.guidance, minimum=0.0))
         steps = _checks.integer("num_inference_steps", self.num_inference_steps, minimum=1, maximum=1000)
         put(self, "num_inference_steps", steps)
-        check_steps(self.min_strength, steps)
+        if self.sampler != "lcm":  # a latent consistency model runs all its steps at any strength; the engine checks it
+            _check_steps(self.strength[0] if isinstance(self.strength, tuple) else self.strength, steps)
         put(self, "resolution", _resolution(self.resolution))
         _checks.choice("sampler", self.sampler, SAMPLERS)
         put(self, "guidance_interval", _interval("guidance_interval", self.guidance_interval))
@@ -140,11 +141,6 @@ class Recipe:
         if not isinstance(self.filters, Filters):
             raise RecipeError(f"filters is {self.filters!r}; it must be a Filters object")
         _checks.choice("image_format", self.image_format, IMAGE_FORMATS)
-
-    @property
-    def min_strength(self) -> float:
-        """The lowest strength that a variant can have."""
-        return self.strength[0] if isinstance(self.strength, tuple) else self.strength
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,7 +172,9 @@ class Recipe:
             return cls._from_settings(dict(PRESETS[name]) | overrides)
         base = preset_for_model(_model(overrides.pop("model", TINY["model"])))
         strength = STRENGTH_RANGES[name]
-        steps = max(base["num_inference_steps"], minimum_steps(strength[0]))
+        steps = base["num_inference_steps"]
+        if base["sampler"] != "lcm":
+            steps = max(steps, _minimum_steps(strength[0]))
         return cls._from_settings(dict(base) | {"strength": strength, "num_inference_steps": steps} | overrides)
 
     @classmethod
@@ -235,25 +233,20 @@ class Recipe:
         return cls(**settings)
 
 
-def steps_to_run(num_inference_steps: int, strength: float) -> int:
-    """How many of the steps image-to-image runs: ``int(num_inference_steps * strength)``, as diffusers' pipelines count."""
-    return min(int(num_inference_steps * strength), num_inference_steps)
-
-
-def minimum_steps(strength: float) -> int:
-    """The smallest ``num_inference_steps`` with which ``strength`` runs at least one step."""
+def _minimum_steps(strength: float) -> int:
+    """The smallest ``num_inference_steps`` with which ``strength`` runs a step: ``ceil(1 / strength)``, but for rounding."""
     steps = max(1, math.floor(1 / strength))
-    while steps_to_run(steps, strength) < 1:
+    while int(steps * strength) < 1:
         steps += 1
     return steps
 
 
-def check_steps(strength: float, num_inference_steps: int) -> None:
-    """Raise :class:`RecipeError` if ``strength`` would run no step at all, which would return the original."""
-    if steps_to_run(num_inference_steps, strength) < 1:
+def _check_steps(strength: float, num_inference_steps: int) -> None:
+    """Refuse a strength that would run no step at all, which would return the original; diffusers counts in the same way."""
+    if int(num_inference_steps * strength) < 1:
         raise RecipeError(
             f"strength {strength:g} with {num_inference_steps} steps runs int({num_inference_steps * strength:g}) = 0 steps; "
-            f"raise num_inference_steps to at least {minimum_steps(strength)}"
+            f"raise num_inference_steps to at least {_minimum_steps(strength)}"
         )
 
 
