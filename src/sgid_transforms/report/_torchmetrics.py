@@ -85,9 +85,7 @@ def lpips(images: Sequence[torch.Tensor], others: Sequence[torch.Tensor], *, net
         raise ValueError(f"got {len(images)} images and {len(others)} others; give one for each")
     for image, other in zip(images, others, strict=True):
         if image.shape != other.shape:
-            raise ValueError(
-                f"a pair of shapes {tuple(image.shape)} and {tuple(other.shape)} differs in size; resize one of them"
-            )
+            raise ValueError(f"a pair has shapes {tuple(image.shape)} and {tuple(other.shape)}s in size; resize one of them")
     metric = _load("LPIPS", "lpip", "LearnedPerceptualImagePatchSimilarity", net_type=net, reduction="none", normalize=True)
     with torch.inference_mode():
         values = [
@@ -108,7 +106,7 @@ def _compare(metric: Any, originals: Sequence[torch.Tensor], variants: Sequence[
 def _batches(images: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Batches of neighbours of one size."""
     for _, group in groupby(images, key=lambda image: tuple(image.shape)):
-        yield from torch.stack(list(group)).split(_BATCH)
+        yield from torch.split(torch.stack(list(group)), _BATCH)
 
 
 def _at_least(count: int, *sets: Sequence[torch.Tensor]) -> None:

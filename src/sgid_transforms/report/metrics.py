@@ -36,11 +36,11 @@ class Scorer(Protocol):
     def image_features(self, images: Sequence[torch.Tensor], /) -> torch.Tensor:
         """Embeddings ``(N, D)`` of unit length of uint8 images ``(3, H, W)``."""
 
-    def image_text(self, images: Sequence[torch.Tensor], texts: Sequence[str], /) -> torch.Tensor:
-        """Cosine ``(N,)`` of each image with its text."""
+    def text_features(self, texts: Sequence[str], /) -> torch.Tensor:
+        """Embeddings ``(N, D)`` of unit length of texts."""
 
-    def label_probabilities(self, images: Sequence[torch.Tensor], labels: Sequence[str], /) -> torch.Tensor:
-        """Probability ``(N, L)`` of each label, by a softmax over the labels."""
+    def probabilities(self, image_features: torch.Tensor, labels: Sequence[str], /) -> torch.Tensor:
+        """Probability ``(N, L)`` of each label for image embeddings, by a softmax over the labels."""
 
 
 def image_text_similarity(images: Sequence[torch.Tensor], texts: Sequence[str], scorer: Scorer) -> torch.Tensor:
@@ -53,7 +53,9 @@ def image_text_similarity(images: Sequence[torch.Tensor], texts: Sequence[str], 
         ValueError: as many texts as there are not images.
     """
     _same_length("images", images, "texts", texts)
-    return scorer.image_text(images, texts) if len(images) else torch.zeros(0)
+    if not len(images):
+        return torch.zeros(0)
+    return (scorer.image_features(images) * scorer.text_features(texts)).sum(1).clamp(-1, 1)
 
 
 def image_image_similarity(images: Sequence[torch.Tensor], others: Sequence[torch.Tensor], scorer: Scorer) -> torch.Tensor:
@@ -68,7 +70,7 @@ def image_image_similarity(images: Sequence[torch.Tensor], others: Sequence[torc
     _same_length("images", images, "others", others)
     if not len(images):
         return torch.zeros(0)
-    return (_unit(scorer.image_features(images)) * _unit(scorer.image_features(others))).sum(1).clamp(-1, 1)
+    return (scorer.image_features(images) * scorer.image_features(others)).sum(1).clamp(-1, 1)
 
 
 def label_agreement(
@@ -93,7 +95,7 @@ def label_agreement(
             raise ValueError(f"label {label!r} is none of the {len(index)} class names; add it to them")
     if not len(images):
         return torch.zeros(0, dtype=torch.bool)
-    answers = scorer.label_probabilities(images, class_names).argmax(1).cpu()
+    answers = scorer.probabilities(scorer.image_features(images), class_names).argmax(1).cpu()
     return answers == torch.tensor([index[label] for label in labels])
 
 
@@ -163,7 +165,7 @@ def mean_pairwise_distance(features: torch.Tensor) -> float:
 
 def _mean_kernel(x: torch.Tensor, y: torch.Tensor, sigma: float) -> float:
     # For rows of unit length |a - b|^2 = 2 - 2ab. Blocks bound the memory: 4096 x M doubles at a time.
-    total = sum(float(torch.exp((rows @ y.T - 1) / sigma**2).sum()) for rows in x.split(_BLOCK))
+    total = sum(float(torch.exp((rows @ y.T - 1) / sigma**2).sum()) for rows in torch.split(x, _BLOCK))
     return total / (len(x) * len(y))
 
 
