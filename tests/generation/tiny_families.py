@@ -6,6 +6,7 @@ pipeline. Widths are the smallest that the architecture allows, so that all of t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,13 @@ def _controlnet(cross: int, *, union: bool = False, **options: Any) -> Any:
         "conditioning_embedding_out_channels": (8, 8),
     }
     if union:
-        settings |= {"num_trans_channel": 8, "num_trans_head": 2, "num_trans_layer": 1, "num_proj_channel": 8}
+        settings |= {
+            "num_control_type": 8,
+            "num_trans_channel": 8,
+            "num_trans_head": 2,
+            "num_trans_layer": 1,
+            "num_proj_channel": 8,
+        }
     return (ControlNetUnionModel if union else ControlNetModel)(**settings | options).eval()
 
 
@@ -364,7 +371,9 @@ def flux_controlnet() -> Any:
     from diffusers import FluxControlNetImg2ImgPipeline, FluxControlNetModel
 
     parts = _flux_parts()
-    control = FluxControlNetModel(**FLUX_SHAPE, guidance_embeds=True)
+    with warnings.catch_warnings():  # diffusers' own use of a name that it has moved
+        warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
+        control = FluxControlNetModel(**FLUX_SHAPE, guidance_embeds=True)
     return FluxControlNetImg2ImgPipeline(**parts, controlnet=control.eval())
 
 

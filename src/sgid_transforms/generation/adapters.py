@@ -1,0 +1,429 @@
+"""Any diffusers image-to-image pipeline, through its own ``__call__``.
+
+One call of such a pipeline has one strength, one guidance scale and one image size. Requests are therefore grouped by what
+a call cannot vary; prompts, negative prompts, images and random generators are given per sample. What a pipeline cannot do
+at all is said in `PipelineAdapter.limits`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sgid_transforms.errors import ModelLoadError, RecipeError
+from sgid_transforms.generation._quiet import quiet_calls
+from sgid_transforms.generation.batching import BatchLimit, run_isolated
+from sgid_transforms.generation.checkpoints import UNSUPPORTED_FAMILIES, image_to_image_family
+from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, check_image, check_text, steps_to_run
+from sgid_transforms.generation.schedule import SAMPLERS
+from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
+
+# Kandinsky's combined pipelines hand their list of generators to a prior that doubles the batch, and run out of it.
+_ONE_IMAGE_PER_CALL = ("KandinskyImg2ImgCombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline")
+
+# Text lengths that these pipelines have in their code, whatever their tokenizer says.
+_FIXED_TOKENS = {"IFImg2ImgPipeline": 77, "Kandinsky3Img2ImgPipeline": 128}
+
+_UNSAID_RESOLUTION = 1024  # what those pipelines were made for that do not say it: Kandinsky 3, Z-Image
+
+_SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
+
+@dataclass(frozen=True)
+class CallTraits:
+    """What one call of a pipeline takes.
+
+    Args:
+        strength: it has a ``strength``; without one it edits by instruction and decides by itself how far to go.
+        strength_in_schedule: strength shapes the list of timesteps (LCM), so that only equal strengths can share a call;
+            elsewhere it only says how many steps are run.
+        guidance: name of the argument that is the classifier-free guidance scale, or ``None``.
+        distilled_guidance: guidance is an input of the network, at no extra cost, and 1 does not switch it off.
+        negative_prompt: it has a ``negative_prompt``.
+        size: it has ``height`` and ``width``; without them the size is that of the image it is given.
+        max_area: it rescales the size to an area of its own, unless it is told the area.
+        control_image: it needs a control image.
+        control_mode: it needs to know of what kind the control image is.
+        perturbed_attention: it evaluates a third, perturbed row per sample (PAG).
+        one_image_per_call: a list of images would be taken as several views of one subject, or is refused.
+    """
+
+    strength: bool
+    strength_in_schedule: bool
+    guidance: str | None
+    distilled_guidance: bool
+    negative_prompt: bool
+    size: bool
+    max_area: bool
+    control_image: bool
+    control_mode: bool
+    perturbed_attention: bool
+    one_image_per_call: bool
+
+
+def call_traits(pipeline: Any) -> CallTraits:
+    """What one call of a pipeline takes, by its signature."""
+    names = inspect.signature(type(pipeline).__call__).parameters
+    guidance = next((name for name in ("guidance_scale", "true_cfg_scale") if name in names), None)
+    if "true_cfg_scale" in names and names["guidance_scale"].default is None:
+        guidance = "true_cfg_scale"  # Qwen-Image: guidance_scale is there for distilled models that do not exist yet
+    strength = "strength" in names
+    return CallTraits(
+        strength=strength,
+        strength_in_schedule="strength" in inspect.signature(pipeline.scheduler.set_timesteps).parameters,
+        guidance=guidance,
+        distilled_guidance=guidance == "guidance_scale" and ("true_cfg_scale" in names or _embeds_guidance(pipeline)),
+        negative_prompt="negative_prompt" in names,
+        size="height" in names and "width" in names,
+        max_area="max_area" in names,
+        control_image="control_image" in names,
+        control_mode=type(pipeline).__name__ == "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        perturbed_attention="pag_scale" in names,
+        # Without a strength it edits by instruction. Most such pipelines read a list of images as references for one
+        # picture, without an error: every image of the batch would end up in every variant.
+        one_image_per_call=not strength or type(pipeline).__name__ in _ONE_IMAGE_PER_CALL,
+    )
+
+
+def limits_of(traits: CallTraits) -> tuple[str, ...]:
+    """What a pipeline with these traits cannot do, one sentence each."""
+    said = []
+    if not traits.strength:
+        said.append("strength is ignored: the pipeline edits by instruction and always runs all steps")
+    if traits.one_image_per_call:
+        said.append("one image per call: batches bring no speed")
+    elif traits.strength:
+        said.append("requests share a call only where their numbers of steps and their guidance scales are equal")
+    if traits.guidance is None:
+        said.append("guidance scale is ignored: the pipeline has none")
+    elif traits.distilled_guidance:
+        said.append("guidance scale is an input of the network: values at or below 1 do not switch guidance off")
+    if not traits.negative_prompt:
+        said.append("negative prompts are ignored: the pipeline takes none")
+    if traits.control_image:
+        said.append("the control image is the picture itself, unless `control` makes another one of it")
+    return tuple(said)
+
+
+def group_key(request: GenerationRequest, size: tuple[int, int], traits: CallTraits, num_inference_steps: int) -> Hashable:
+    """Requests with equal keys can share one call of a pipeline.
+
+    Strength counts by the steps that it runs. diffusers has two roundings of it, ``int(steps * strength)`` and
+    ``int(steps - steps * strength)``, and both must agree.
+    """
+    strength: Hashable = None
+    if traits.strength_in_schedule:
+        strength = request.strength
+    elif traits.strength:
+        product = min(num_inference_steps * request.strength, num_inference_steps)
+        strength = int(product), int(num_inference_steps - product)
+    guidance = request.guidance_scale if traits.guidance else None
+    negative = bool(request.negative_prompt) and traits.negative_prompt
+    return size, strength, guidance, negative
+
+
+class PipelineAdapter:
+    """Runs requests through a diffusers image-to-image pipeline's own ``__call__``.
+
+    Random numbers are drawn on the CPU from each request's seed, so that a variant does not depend on the batch. One
+    thread at a time: pipelines and their schedulers keep state.
+
+    Args:
+        pipeline: a loaded pipeline.
+        sampler: ``"auto"``: the pipeline's own scheduler; another one where the pipeline's family can exchange it.
+        num_inference_steps: steps at strength 1.
+        resolution: height and width at which the model works, or one number for an area whose aspect ratio follows the
+            image; ``None``: the model's own.
+        batch_size: images in one call.
+        device: where to move the pipeline; ``None`` leaves it where it is (as CPU offload requires).
+        control: makes the control image, uint8 ``(3, H, W)``, of a picture, for pipelines that need one; ``None``: the
+            picture itself, as tile ControlNets expect.
+        call_options: further keyword arguments for every call, such as ``{"pag_scale": 2.0}``.
+
+    Raises:
+        ModelLoadError: the pipeline is none that turns images into images.
+        RecipeError: a setting cannot work with this pipeline.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        sampler: str = "auto",
+        num_inference_steps: int = 20,
+        resolution: int | tuple[int, int] | None = None,
+        batch_size: int = 8,
+        device: str | torch.device | None = None,
+        control: Callable[[Tensor], Tensor] | None = None,
+        call_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check_pipeline(pipeline)
+        if batch_size < 1:
+            raise RecipeError(f"batch_size {batch_size} leaves no room for an image; use at least 1")
+        if num_inference_steps < 1:
+            raise RecipeError(f"num_inference_steps {num_inference_steps} runs nothing; use at least 1")
+        set_sampler(pipeline, sampler)
+        if device is not None:
+            pipeline.to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        self.traits = call_traits(pipeline)
+        self.batch_size = 1 if self.traits.one_image_per_call else batch_size
+        self._pipeline = pipeline
+        self._steps = num_inference_steps
+        self._multiple = size_multiple(pipeline)
+        self._resolution = native_resolution(pipeline) if resolution is None else resolution
+        check_resolution(self._resolution, self._multiple)
+        self._control = control
+        self._options = dict(call_options or {})
+        if self.traits.control_mode and "control_mode" not in self._options:
+            self._options["control_mode"] = [_tile_mode(pipeline)]
+        self._limit = BatchLimit(self.batch_size)
+        self._tokenizer, self._max_tokens = _text_limit(pipeline, self._options)
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What this pipeline cannot do, one sentence each."""
+        return limits_of(self.traits)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer whose limit binds prompts, or ``None`` where the pipeline has none."""
+        return self._tokenizer
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest prompt in tokens, start and end included, or ``None`` where there is no limit."""
+        return self._max_tokens
+
+    def evaluations(self, request: GenerationRequest) -> int:
+        """Rows that the network evaluates for a request, by the common rule: one per step, one more under guidance, one
+        more for perturbed attention. The pipeline itself does not tell.
+
+        Raises:
+            GenerationError: the strength leaves no step.
+        """
+        traits = self.traits
+        guided = traits.guidance is not None and not traits.distilled_guidance and request.guidance_scale > 1
+        return self._steps_of(request) * (1 + guided + traits.perturbed_attention)
+
+    def run(self, requests: Sequence[GenerationRequest]) -> list[Tensor | Exception]:
+        """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it met."""
+        results: dict[int, Tensor | Exception] = {}
+        groups: dict[Hashable, list[int]] = {}
+        sizes: dict[int, tuple[int, int]] = {}
+        for index, request in enumerate(requests):
+            try:
+                sizes[index] = self._accept(request)
+            except Exception as error:
+                results[index] = error
+            else:
+                key = group_key(request, sizes[index], self.traits, self._steps)
+                groups.setdefault(key, []).append(index)
+        for members in groups.values():
+            size = sizes[members[0]]
+            batch = [requests[index] for index in members]
+            outcomes = run_isolated(lambda group, size=size: self._call(group, size), batch, self._limit)  # type: ignore[misc]
+            results.update(zip(members, outcomes, strict=True))
+        return [results[index] for index in range(len(requests))]
+
+    def _steps_of(self, request: GenerationRequest) -> int:
+        steps = steps_to_run(self._steps, request.strength)  # also where strength is ignored: it must be a valid one
+        return steps if self.traits.strength else self._steps
+
+    def _accept(self, request: GenerationRequest) -> tuple[int, int]:
+        check_image(request.image)
+        self._steps_of(request)
+        if self._tokenizer is not None and self._max_tokens is not None:
+            for text in (request.prompt, request.negative_prompt):
+                check_text(text, self._tokenizer, self._max_tokens)
+        height, width = request.image.shape[-2:]
+        return working_size(height, width, self._resolution, self._multiple)
+
+    def _call(self, group: list[GenerationRequest], size: tuple[int, int]) -> list[Tensor | Exception]:
+        with torch.no_grad(), quiet_calls():
+            output = self._pipeline(**self._arguments(group, size))
+        images = np.asarray(output.images)
+        if images.shape[0] != len(group) or images.ndim != 4 or images.shape[-1] != 3:
+            raise ModelLoadError(
+                f"{type(self._pipeline).__name__} answered {len(group)} requests by an array of shape {images.shape}; "
+                "it is not an image-to-image pipeline that can be used"
+            )
+        flags = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None) or [False] * len(group)
+        return [_finish(*item) for item in zip(group, images, flags, strict=True)]
+
+    def _arguments(self, group: list[GenerationRequest], size: tuple[int, int]) -> dict[str, Any]:
+        traits, first = self.traits, group[0]
+
+        def each(values: Sequence[Any]) -> Any:
+            return values[0] if len(group) == 1 else list(values)  # a fresh list: some pipelines write into theirs
+
+        images = [_to_pil(request.image, size) for request in group]
+        arguments: dict[str, Any] = {
+            "prompt": each([request.prompt for request in group]),
+            "image": each(images),
+            "num_inference_steps": self._steps,
+            "generator": each([torch.Generator().manual_seed(request.seed) for request in group]),
+            "output_type": "np",  # floats, in which NaN can still be seen
+        }
+        if traits.strength:
+            arguments["strength"] = first.strength
+        if traits.guidance:
+            arguments[traits.guidance] = first.guidance_scale
+        if traits.negative_prompt and first.negative_prompt:
+            arguments["negative_prompt"] = each([request.negative_prompt for request in group])
+        elif traits.guidance == "true_cfg_scale" and first.guidance_scale > 1:
+            arguments["negative_prompt"] = each([" "] * len(group))  # without a text this kind of guidance stays off
+        if traits.size:
+            arguments["height"], arguments["width"] = size
+        if traits.max_area:
+            arguments["max_area"] = size[0] * size[1]
+        if traits.control_image:
+            arguments["control_image"] = each([self._control_image(r, i, size) for r, i in zip(group, images, strict=True)])
+        return arguments | self._options
+
+    def _control_image(self, request: GenerationRequest, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return image if self._control is None else _to_pil(self._control(request.image), size)
+
+
+_UNION_TILE = 6  # ControlNet-Union's number for "tile": the control image is the picture itself
+
+
+def _tile_mode(pipeline: Any) -> int:
+    kinds = pipeline.controlnet.config.num_control_type
+    if kinds <= _UNION_TILE:
+        raise RecipeError(
+            f"the ControlNet-Union has {kinds} kinds of control images and none for the picture itself; "
+            "pass control= and call_options={'control_mode': [...]}"
+        )
+    return _UNION_TILE
+
+
+def set_sampler(pipeline: Any, sampler: str) -> None:
+    """Exchange a pipeline's scheduler for the one that a sampler's name stands for.
+
+    Raises:
+        RecipeError: the name is unknown, or the pipeline's family is bound to its own scheduler.
+    """
+    if sampler == "auto":
+        return
+    if sampler not in SAMPLERS:
+        raise RecipeError(f"sampler {sampler!r} is not known; use 'auto' or one of {', '.join(map(repr, SAMPLERS))}")
+    import diffusers
+
+    own, wanted = type(pipeline.scheduler).__name__, _SCHEDULERS[sampler]
+    if own == wanted or (sampler == "euler" and own == "FlowMatchEulerDiscreteScheduler"):
+        return
+    expected = inspect.signature(type(pipeline).__init__).parameters["scheduler"].annotation
+    if "KarrasDiffusionSchedulers" not in str(expected):
+        raise RecipeError(f"{type(pipeline).__name__} runs with its own {own} only, not with sampler {sampler!r}; use 'auto'")
+    pipeline.scheduler = getattr(diffusers, wanted).from_config(pipeline.scheduler.config)
+
+
+def native_resolution(pipeline: Any) -> int:
+    """The height and width that a pipeline works at by default, from its configuration; 1024 where it does not say."""
+    factor = _vae_factor(pipeline)
+    unet, transformer = _config(pipeline, "unet"), _config(pipeline, "transformer")
+    for size in (getattr(pipeline, "default_sample_size", None), unet.get("sample_size"), transformer.get("sample_size")):
+        if isinstance(size, int) and size > 0:
+            return size * factor
+    return _UNSAID_RESOLUTION
+
+
+def size_multiple(pipeline: Any) -> int:
+    """The number of which a pipeline's heights and widths must be multiples."""
+    factor = _vae_factor(pipeline)
+    unet, transformer = _config(pipeline, "unet"), _config(pipeline, "transformer")
+    if unet:
+        levels = len(unet.get("block_out_channels", (0,)))
+        movq = getattr(pipeline, "movq", None) is not None
+        return max(factor * 2 ** (levels - 1), factor**2 if movq else 1)  # Kandinsky rounds to the square of its factor
+    patch = transformer.get("patch_size", 2)
+    return factor * max(patch if isinstance(patch, int) else 2, 2)  # latents are packed two by two, if not more
+
+
+def _vae_factor(pipeline: Any) -> int:
+    movq = getattr(pipeline, "movq", None)
+    if movq is not None:
+        return int(2 ** (len(movq.config.block_out_channels) - 1))
+    return int(getattr(pipeline, "vae_scale_factor", 1))
+
+
+def _config(pipeline: Any, name: str) -> Mapping[str, Any]:
+    model = getattr(pipeline, name, None)
+    config: Mapping[str, Any] = {} if model is None else model.config
+    return config
+
+
+def _embeds_guidance(pipeline: Any) -> bool:
+    transformer = _config(pipeline, "transformer")
+    # FLUX and FLUX.2 pipelines have no unconditional branch, whether their weights read the guidance (dev) or not (schnell)
+    return "guidance_embeds" in transformer and "negative_prompt_embeds" not in _parameters(pipeline)
+
+
+def _parameters(pipeline: Any) -> Mapping[str, Any]:
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _check_pipeline(pipeline: Any) -> None:
+    name = type(pipeline).__name__
+    family = image_to_image_family(name)
+    if family in UNSUPPORTED_FAMILIES:
+        raise ModelLoadError(f"{name} is not supported: {UNSUPPORTED_FAMILIES[family]}")
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if (
+        not {"image", "prompt", "generator", "output_type", "num_inference_steps"} <= set(parameters)
+        or "mask_image" in parameters
+    ):
+        raise ModelLoadError(
+            f"{name} does not turn an image and a prompt into an image; load it with AutoPipelineForImage2Image"
+        )
+
+
+def _text_limit(pipeline: Any, options: Mapping[str, Any]) -> tuple[Any, int | None]:
+    """The tokenizer that reads the whole prompt, and how many tokens of it the pipeline keeps."""
+    default = _parameters(pipeline).get("max_sequence_length")
+    if default is not None:
+        # Of several encoders the last one (T5) gives the sequence; the others give one pooled vector and cut at 77.
+        names = ("tokenizer_3", "tokenizer_2", "tokenizer")
+        present = [name for name in names if getattr(pipeline, name, None) is not None]
+        length = options.get("max_sequence_length", default.default)
+        if "tokenizer_3" in names[: len(names)] and "tokenizer_3" not in present and hasattr(pipeline, "tokenizer_3"):
+            present, length = ["tokenizer"], pipeline.tokenizer.model_max_length  # SD3 without T5: CLIP gives the sequence
+        tokenizer = getattr(pipeline, present[0])
+        return getattr(tokenizer, "tokenizer", tokenizer), int(length)
+    tokenizer = getattr(pipeline, "tokenizer", None) or getattr(pipeline, "prior_tokenizer", None)
+    if tokenizer is None:
+        return None, None
+    length = _FIXED_TOKENS.get(type(pipeline).__name__, tokenizer.model_max_length)
+    return tokenizer, int(length) if length < 10**6 else None  # transformers' way to say "no limit" is 10^30
+
+
+def _to_pil(image: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A uint8 ``(3, H, W)`` image at another size; pipelines differ in what they take, but all take PIL."""
+    if tuple(image.shape[-2:]) != size:
+        image = to_uint8(resize(image[None].float() / 255, size))[0]
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _finish(request: GenerationRequest, image: np.ndarray[Any, Any], flagged: bool) -> Tensor | Exception:
+    """A pipeline's float ``(H, W, 3)`` output as uint8 at the request's own size."""
+    name = repr(request.id) if request.id else "a request"
+    if flagged:
+        return RejectedImageError("nsfw", f"the pipeline's safety checker flagged the image for {name}")
+    pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)[None]
+    if not bool(pixels.isfinite().all()):
+        return RejectedImageError("nan", f"the model returned NaN for {name}")
+    height, width = request.image.shape[-2:]
+    return to_uint8(resize(pixels.clamp(0, 1), (height, width)))[0].contiguous()
