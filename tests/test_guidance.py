@@ -48,6 +48,11 @@ class TestSimilarityGuidance:
         assert math.isclose(rising.scale(1.0), high)
         assert math.isclose(falling.scale(1.0), low, abs_tol=1e-12)
 
+    def test_rounding_does_not_lead_out_of_the_bounds(self) -> None:
+        """0.3 + (0.9 - 0.3) is above 0.9, and 0.4 - (0.4 - 0.1) below 0.1."""
+        assert SimilarityGuidance(0.3, 0.9).scale(1.0) == 0.9
+        assert SimilarityGuidance(0.1, 0.4, reverse=True).scale(1.0) == 0.1
+
     @pytest.mark.parametrize("rank", [-0.01, 1.01, float("nan")])
     def test_refuses_what_is_not_a_rank(self, rank: float) -> None:
         with pytest.raises(RecipeError, match=r"rank .* is outside \[0, 1\]"):

@@ -93,7 +93,7 @@ def _one_image(image: object) -> torch.Tensor:
 def _rgb_planes(image: torch.Tensor) -> torch.Tensor:
     """A (1 or 3, H, W) tensor of uint8 or floats as (3, H, W) uint8."""
     if image.is_floating_point():
-        # In float32 even bfloat16, with its 8 bits, finds back to its level: it is off by less than half of one.
+        # Rounded in float32 for all types; even bfloat16, with its 8 bits, is off by less than half a level.
         levels = image.detach().to(torch.float32).mul(255).round_()
         low, high = (bound.item() for bound in torch.aminmax(levels))
         if not (low >= 0 and high <= 255):  # also catches NaN
