@@ -62,9 +62,15 @@ class Captioner:
         """Captions of uint8 RGB images ``(3, H, W)``, of any sizes; one line each, possibly empty."""
         captions: list[str] = []
         for start in range(0, len(images), self.batch_size):
-            chunk = [image.detach().cpu().permute(1, 2, 0).contiguous().numpy() for image in images[start : start + self.batch_size]]
+            chunk = [
+                image.detach().cpu().permute(1, 2, 0).contiguous().numpy() for image in images[start : start + self.batch_size]
+            ]
             inputs = self._processor(images=chunk, return_tensors="pt").to(self._device)
             inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
             tokens = self._model.generate(**inputs, **self._options)
             captions += self._processor.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(caption.split()) for caption in captions]
+
+
+def _to_numpy(image: torch.Tensor) -> Any:
+    return image.detach().cpu().permute(1, 2, 0).contiguous().numpy()

@@ -117,6 +117,7 @@ class Database:
             connection.execute("PRAGMA synchronous=FULL")  # a completed write outlives a power cut, too
             if not self._is_ours(connection):
                 self._create(connection)
+            connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         except BaseException:
             connection.close()
             raise
@@ -126,20 +127,23 @@ class Database:
         if not self.path.exists():
             raise StoreError(f"there is no {self._what} at {self.path}; check the path, or open it without readonly=True")
         # A write-ahead log needs shared memory beside the file. Where none can be made, nobody can be writing either.
-        for mode in ("mode=ro", "mode=ro&immutable=1"):
-            connection = self._connect(mode)
-            try:
-                if self._is_ours(connection):
-                    return connection
-                raise StoreError(f"the {self._what} {self.path} is empty; open it without readonly=True to fill it")
-            except sqlite3.OperationalError:
-                connection.close()
-                if mode != "mode=ro" or not _can_be_immutable(self.path):
-                    raise
-            except BaseException:
-                connection.close()
+        try:
+            return self._open_ours("mode=ro")
+        except sqlite3.OperationalError:
+            if not _can_be_immutable(self.path):
                 raise
-        raise AssertionError("unreachable")
+        return self._open_ours("mode=ro&immutable=1")
+
+    def _open_ours(self, mode: str) -> sqlite3.Connection:
+        connection = self._connect(mode)
+        try:
+            if self._is_ours(connection):
+                connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+                return connection
+            raise StoreError(f"the {self._what} {self.path} is empty; open it without readonly=True to fill it")
+        except BaseException:
+            connection.close()
+            raise
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         location = f"file:{quote(os.fsencode(self.path.absolute()))}?{mode}"
@@ -148,7 +152,6 @@ class Database:
             location, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
         )
         connection.text_factory = _decoded
-        connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         return connection
 
     def _is_ours(self, connection: sqlite3.Connection) -> bool:

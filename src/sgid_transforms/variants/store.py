@@ -1,10 +1,10 @@
 """Variants on disk: one ordinary image file each, found by (recipe, key, variant number), safe for many writers."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -15,6 +15,8 @@ from sgid_transforms.variants.folder import StoreFolder
 from sgid_transforms.variants.naming import HasFingerprint
 from sgid_transforms.variants.provenance import Provenance
 from sgid_transforms.variants.upkeep import StoreStats, VerifyReport
+
+_Decoded = TypeVar("_Decoded")
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,17 @@ class VariantStore:
 
         This and :meth:`get_pil` are the hot path of a training: one file is opened, its digest checked, its image decoded.
         """
-        found = self._find(recipe, key, variant)
+        found = self._find(recipe, key, variant, codec.decode)
         return None if found is None else _tensor(found[0])
 
     def get_pil(self, recipe: HasFingerprint | str, key: str, variant: int) -> Image.Image | None:
         """The pixels of a variant as an RGB PIL image, or ``None``; cheaper than to convert :meth:`get_image`'s tensor."""
-        found = self._find(recipe, key, variant)
-        return None if found is None else Image.fromarray(found[0])
+        found = self._find(recipe, key, variant, codec.decode_pil)
+        return None if found is None else found[0]
 
     def get(self, recipe: HasFingerprint | str, key: str, variant: int) -> Variant | None:
         """A variant with its provenance, or ``None``."""
-        found = self._find(recipe, key, variant)
+        found = self._find(recipe, key, variant, codec.decode)
         if found is None:
             return None
         pixels, json, path = found
@@ -186,6 +188,13 @@ class VariantStore:
             if name is not None and not name.is_failure:
                 yield VariantRef(fingerprint, name.key, name.variant, Path(path))
 
+    def iter_failures(self, recipe: HasFingerprint | str | None = None) -> Iterator[VariantRef]:
+        """All remembered failures of one recipe, or of all, in no particular order; :meth:`failure` has their reasons."""
+        self._folder.check_version()
+        for fingerprint, path, name in self._folder.walk(None if recipe is None else naming.check_fingerprint(recipe)):
+            if name is not None and name.is_failure:
+                yield VariantRef(fingerprint, name.key, name.variant, Path(path))
+
     def stats(self) -> StoreStats:
         """Counts and sizes, by walking the whole store."""
         self._folder.check_version()
@@ -249,15 +258,17 @@ class VariantStore:
             self._names[fingerprint] = folder
         return folder + naming.stem(key, variant)
 
-    def _find(self, recipe: HasFingerprint | str, key: str, variant: int) -> tuple[codec.Pixels, bytes, str] | None:
-        """Pixels (H, W, 3), provenance JSON and path of a variant."""
+    def _find(
+        self, recipe: HasFingerprint | str, key: str, variant: int, decode: Callable[[bytes], _Decoded]
+    ) -> tuple[_Decoded, bytes, str] | None:
+        """Decoded image, provenance JSON and path of a variant."""
         name = self._name(recipe, key, variant)
         fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
         extensions = self._extensions.get(fingerprint, naming.EXTENSIONS)
 
-        def parse(data: bytes) -> tuple[codec.Pixels, bytes]:
+        def parse(data: bytes) -> tuple[_Decoded, bytes]:
             body, image_end = container.unpack(data, name)
-            return codec.decode(body[:image_end]), container.provenance_of(body, image_end)
+            return decode(body[:image_end]), container.provenance_of(body, image_end)
 
         for extension in extensions:
             path = self._folder.path(name + extension)
