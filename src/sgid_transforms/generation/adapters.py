@@ -348,9 +348,9 @@ def size_multiple(pipeline: Any) -> int:
     if unet:
         levels = len(unet.get("block_out_channels", (0,)))
         movq = getattr(pipeline, "movq", None) is not None
-        return max(factor * 2 ** (levels - 1), factor**2 if movq else 1)  # Kandinsky rounds to the square of its factor
+        return int(max(factor * 2 ** (levels - 1), factor**2 if movq else 1))  # Kandinsky rounds to the square of its factor
     patch = transformer.get("patch_size", 2)
-    return factor * max(patch if isinstance(patch, int) else 2, 2)  # latents are packed two by two, if not more
+    return int(factor * max(patch if isinstance(patch, int) else 2, 2))  # latents are packed two by two, if not more
 
 
 def _vae_factor(pipeline: Any) -> int:

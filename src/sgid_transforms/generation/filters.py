@@ -1,0 +1,222 @@
+"""What a generated image must pass before it counts, and how a rejected one is tried again.
+
+Pure functions first; `ImageFilter` puts them together and owns the CLIP model that some of them need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sgid_transforms.captions.similarity import CLIPScorer
+from sgid_transforms.errors import GenerationError, RecipeError
+from sgid_transforms.generation.requests import GenerationRequest
+from sgid_transforms.recipe import Filters
+
+REASONS = ("nan", "black", "constant", "nsfw", "label", "too_similar", "too_different")
+"""Short names of all reasons for which an image can be rejected."""
+
+_BLACK_LEVEL = 8  # of 255: codecs and decoders leave a little noise on a black picture
+_CONSTANT_RANGE = 8  # of 255, between the darkest and the brightest pixel of a channel
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the filters say about one image.
+
+    Args:
+        reason: one of `REASONS`, or ``None`` for an image that passes.
+        label_score: CLIP's probability of the label, in [0, 1], where the label was checked.
+        image_similarity: CLIP cosine of (image, original), in [-1, 1], where it was checked.
+    """
+
+    reason: str | None = None
+    label_score: float | None = None
+    image_similarity: float | None = None
+
+
+def is_black(image: Tensor) -> bool:
+    """Whether no pixel of a uint8 ``(3, H, W)`` image is brighter than a codec's noise: what a safety checker leaves."""
+    return int(image.max()) < _BLACK_LEVEL
+
+
+def is_constant(image: Tensor) -> bool:
+    """Whether a uint8 ``(3, H, W)`` image is one flat colour: what a diverged sampler leaves.
+
+    Flat colours differ by less than a codec's noise within every channel.
+    """
+    spread = image.amax((1, 2)).int() - image.amin((1, 2)).int()
+    return int(spread.max()) < _CONSTANT_RANGE
+
+
+def pixel_reason(image: Tensor) -> str | None:
+    """``black`` or ``constant`` for an image that shows nothing."""
+    if is_black(image):
+        return "black"
+    return "constant" if is_constant(image) else None
+
+
+def label_reason(probabilities: Tensor, label: int, check: str, threshold: float) -> str | None:
+    """``label`` if an image does not show its label.
+
+    Args:
+        probabilities: ``(L,)``, of each class.
+        label: index of the right class.
+        check: ``argmax``: the right class must be the most probable one; ``threshold``: it must reach ``threshold``.
+        threshold: a probability in [0, 1].
+    """
+    score = float(probabilities[label])
+    if check == "argmax":
+        return None if score >= float(probabilities.max()) else "label"
+    return None if score >= threshold else "label"
+
+
+def similarity_reason(similarity: float, low: float | None, high: float | None) -> str | None:
+    """``too_similar`` above ``high`` (nothing was gained), ``too_different`` below ``low`` (too far from the original)."""
+    if high is not None and similarity > high:
+        return "too_similar"
+    # not >=: a NaN is no similarity
+    return "too_different" if low is not None and not similarity >= low else None
+
+
+def retry_seed(seed: int, attempt: int) -> int:
+    """Seed of a further attempt, in [0, 2**63); attempt 0 keeps its seed.
+
+    It depends on nothing but the two numbers, so that a variant is the same whatever else is in its batch.
+    """
+    if attempt == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"retry\0{seed:d}\0{attempt:d}".encode()).digest()[:8], "big") >> 1
+
+
+def retry_strength(strength: float, reason: str, low: float, high: float) -> float:
+    """Strength of the next attempt, half-way to an end of the range that the user set.
+
+    Down to ``low``, nearer to the original, where the image lost its label or went too far; up to ``high`` where it is too
+    similar. A range of one value stays where it is: then only the seed changes.
+    """
+    goal = high if reason == "too_similar" else low
+    return min(max((strength + goal) / 2, min(strength, goal)), max(strength, goal))
+
+
+def nsfw_flags(pipeline: Any, images: Sequence[Tensor]) -> list[bool]:
+    """What a pipeline's safety checker says about finished images; nothing is flagged where it has none.
+
+    diffusers' checker answers a flagged image with a black one. Here it gets a copy, and only its flags are used.
+    """
+    checker = getattr(pipeline, "safety_checker", None)
+    extractor = getattr(pipeline, "feature_extractor", None)
+    if checker is None or extractor is None or not images:
+        return [False] * len(images)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
+    parameter = next(checker.parameters())
+    flags: list[bool] = []
+    for picture in pictures:  # one by one: sizes may differ
+        pixels = extractor([picture], return_tensors="pt").pixel_values.to(parameter.device, parameter.dtype)
+        with torch.no_grad():
+            _, flagged = checker(images=np.asarray(picture, dtype=np.float32)[None] / 255, clip_input=pixels)
+        flags.append(bool(flagged[0]))
+    return flags
+
+
+class ImageFilter:
+    """All checks of a recipe's `Filters` over a batch of generated images.
+
+    Args:
+        filters: what to check.
+        labels: class names of the data set; needed by the label check.
+        scorer: the CLIP model for label and similarity; needed if one of them is checked.
+        pipeline: the pipeline whose safety checker is asked; ``None`` where the engine asks it itself.
+
+    Raises:
+        RecipeError: the filters ask for a label check, and there are no labels.
+        GenerationError: a CLIP model is needed, and there is none.
+    """
+
+    def __init__(
+        self, filters: Filters, *, labels: Sequence[str] | None = None, scorer: CLIPScorer | None = None, pipeline: Any = None
+    ) -> None:
+        self.filters = filters
+        self._labels = list(labels) if labels is not None else []
+        self._index = {label: i for i, label in enumerate(self._labels)}
+        self._scorer = scorer
+        self._pipeline = pipeline if filters.reject_nsfw else None
+        if filters.label_check != "none" and len(self._index) < 2:
+            raise RecipeError(
+                f"filters.label_check {filters.label_check!r} compares with other classes; pass the class names of the "
+                f"data set as labels ({len(self._index)} given)"
+            )
+        if len(self._index) != len(self._labels):
+            raise RecipeError("labels holds a class name twice; pass each one once")
+        if needs_clip(filters) and scorer is None:
+            raise GenerationError("the filters for label and similarity need a CLIP model; pass a scorer")
+
+    def check_request(self, request: GenerationRequest) -> None:
+        """Raise `GenerationError` for a request whose label could not be checked afterwards."""
+        if self.filters.label_check == "none" or request.label in self._index:
+            return
+        if request.label is None:
+            raise GenerationError(f"filters.label_check {self.filters.label_check!r} needs a label in every request; set label")
+        raise GenerationError(
+            f"the label {request.label!r} is not one of the {len(self._index)} class names; pass it in labels"
+        )
+
+    def __call__(self, images: Sequence[Tensor], requests: Sequence[GenerationRequest]) -> list[Verdict]:
+        """One verdict per image.
+
+        Args:
+            images: uint8 ``(3, H, W)`` each.
+            requests: the request of each image.
+        """
+        reasons = [pixel_reason(image) for image in images]
+        if self._pipeline is not None:
+            left = [i for i, reason in enumerate(reasons) if reason is None]
+            for i, flagged in zip(left, nsfw_flags(self._pipeline, [images[i] for i in left]), strict=True):
+                if flagged:
+                    reasons[i] = "nsfw"
+        verdicts = [Verdict(reason) for reason in reasons]
+        if self._scorer is not None and needs_clip(self.filters):
+            left = [i for i, reason in enumerate(reasons) if reason is None]
+            scored = self._score([images[i] for i in left], [requests[i] for i in left])
+            for i, verdict in zip(left, scored, strict=True):
+                verdicts[i] = verdict
+        return verdicts
+
+    def _score(self, images: Sequence[Tensor], requests: Sequence[GenerationRequest]) -> list[Verdict]:
+        assert self._scorer is not None
+        if not images:
+            return []
+        filters = self.filters
+        features = self._scorer.image_features(images)
+        similarities: list[float | None] = [None] * len(images)
+        if _checks_similarity(filters):
+            originals = self._scorer.image_features([request.image for request in requests])
+            similarities = (features * originals).sum(1).clamp(-1, 1).tolist()
+        probabilities = self._scorer.probabilities(features, self._labels) if filters.label_check != "none" else None
+        verdicts = []
+        for i, (request, similarity) in enumerate(zip(requests, similarities, strict=True)):
+            reason, score = None, None
+            if probabilities is not None and request.label is not None:
+                index = self._index[request.label]
+                score = float(probabilities[i, index])
+                reason = label_reason(probabilities[i], index, filters.label_check, filters.label_threshold)
+            if reason is None and similarity is not None:
+                reason = similarity_reason(similarity, filters.min_image_similarity, filters.max_image_similarity)
+            verdicts.append(Verdict(reason, score, similarity))
+        return verdicts
+
+
+def needs_clip(filters: Filters) -> bool:
+    """Whether one of the checks needs a CLIP model."""
+    return filters.label_check != "none" or _checks_similarity(filters)
+
+
+def _checks_similarity(filters: Filters) -> bool:
+    return filters.min_image_similarity is not None or filters.max_image_similarity is not None
