@@ -270,8 +270,10 @@ class TestPrune:
         store.prune("01aa")
         assert _files(store.root) == ["01cc/notes.txt", "README", "my-photos/a.png", "sgid-variants.json"]
 
-    def test_a_wrong_fingerprint_removes_nothing(self, store):
+    def test_a_wrong_fingerprint_or_none_removes_nothing(self, store):
         store.put(_recipe(), KEY, 0, _image(), PROVENANCE)
+        with pytest.raises(StoreError, match="no recipe to keep"):
+            store.prune(iter(()))
         with pytest.raises(StoreError):
             store.prune(["01aa", "../x"])
         assert store.count() == 1

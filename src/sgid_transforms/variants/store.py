@@ -19,7 +19,7 @@ from sgid_transforms.variants.upkeep import StoreStats, VerifyReport
 _Decoded = TypeVar("_Decoded")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """A stored variant.
 
@@ -216,9 +216,16 @@ class VariantStore:
         """Remove the variants and failures of all recipes but the one or those to keep; returns how many files.
 
         Only files that a store writes are removed; whatever else lies there stays, with its folder.
+
+        Raises:
+            StoreError: there is nothing to keep, or this store cannot be written.
         """
         recipes = [keep] if isinstance(keep, str) or not isinstance(keep, Iterable) else keep
         kept = {naming.check_fingerprint(recipe) for recipe in recipes}
+        if not kept:
+            raise StoreError(
+                f"prune was given no recipe to keep, so that all of {self.root} would go; delete the folder for that"
+            )
         self._folder.prepare_to_write()
         return upkeep.prune(self._folder, kept)
 
