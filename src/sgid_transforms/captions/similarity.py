@@ -98,7 +98,7 @@ class CLIPScorer:
                 )
         features = []
         for start in range(0, len(images), self.batch_size):
-            pixels = torch.stack([self._images(image.to(self.device)) for image in images[start : start + self.batch_size]])
+            pixels = self._images([image.to(self.device) for image in images[start : start + self.batch_size]])
             with torch.inference_mode():
                 output = self._model.get_image_features(pixel_values=pixels.to(self._model.dtype))
             features.append(_normalised(output))
@@ -217,19 +217,33 @@ class _Preprocessing:
     def __init__(self, processor: Any) -> None:
         size, crop = dict(processor.size), dict(processor.crop_size or {})
         self.shortest = int(size.get("shortest_edge") or min(size["height"], size["width"]))
-        self.crop = (int(crop.get("height", self.shortest)), int(crop.get("width", self.shortest)))
+        # a crop beyond the shorter side would have to be padded, which no CLIP asks for
+        rows, columns = (min(int(crop.get(side, self.shortest)), self.shortest) for side in ("height", "width"))
+        self.crop = (rows, columns)
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
 
-    def __call__(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        ratio = self.shortest / min(height, width)
-        size = (max(round(height * ratio), self.crop[0]), max(round(width * ratio), self.crop[1]))
-        pixels = image[None].float() / 255
+    def __call__(self, images: Sequence[Tensor]) -> Tensor:
+        """Pixels ``(N, 3, h, w)`` of uint8 images ``(3, H, W)``; those of one size are resized together."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
+        pixels: list[Tensor] = [images[0]] * len(images)
+        for indices in by_size.values():
+            for index, ready in zip(indices, self._resized(torch.stack([images[i] for i in indices])), strict=True):
+                pixels[index] = ready
+        batch = torch.stack(pixels)
+        return (batch - self.mean.to(batch.device)) / self.std.to(batch.device)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        # the shorter side exactly, the longer one cut to whole pixels, as transformers does it
+        size = tuple(max(int(self.shortest * side / min(height, width)), self.shortest) for side in (height, width))
+        pixels = images.float() / 255
         if size != (height, width):
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = (size[0] - self.crop[0]) // 2, (size[1] - self.crop[1]) // 2
-        pixels = pixels[0, :, top : top + self.crop[0], left : left + self.crop[1]]
-        return (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        rows, columns = self.crop
+        top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+        return pixels[..., top : top + rows, left : left + columns]
 
 
 def _normalised(output: Any) -> Tensor:

@@ -88,8 +88,8 @@ def load_pipeline(
             _replace_vae(pipeline, tiny_vae, common)
         if lora is not None:
             _fuse_lora(pipeline, lora, lora_scale, offline)
-    if not cpu_offload:
-        pipeline.to(device)
+        if not cpu_offload:
+            pipeline.to(device)
     apply_attention(pipeline, attention, device, dtype)
     if cpu_offload:
         pipeline.enable_model_cpu_offload(device=device)
@@ -261,8 +261,11 @@ def _explain(error: Exception, source: str, offline: bool) -> ModelLoadError:
         return ModelLoadError(f"{source} has no such revision; give an existing branch, tag or commit")
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
         return ModelLoadError(f"{source} is neither a local folder nor a public model on the hub; check the name, or log in")
-    if offline or any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain):
+    is_remote = not Path(source).is_dir()
+    if is_remote and (
+        offline or any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain)
+    ):
         return ModelLoadError(f"{source} is not in the local cache and the hub is out of reach; fetch it once while online")
-    if "safetensors" in text:
+    if "no file named" in text or "necessary `safetensors` weights" in text:
         return ModelLoadError(f"{source} has no safetensors weights for a part of it: {first_sentence(error)}")
     return ModelLoadError(f"{source} cannot be loaded: {first_sentence(error)}")
