@@ -270,3 +270,17 @@ def clip_processor(size: int = 32) -> Any:
     from transformers import CLIPProcessor
 
     return CLIPProcessor(image_processor=clip_image_processor(size), tokenizer=clip_tokenizer())
+
+
+def safety_checker(*, flags: bool) -> Any:
+    """Stable Diffusion's safety checker, which flags every image or none."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config=clip_vision_config().to_dict(), projection_dim=WIDTH)
+    ).eval()
+    for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        thresholds.data.fill_(-2.0 if flags else 2.0)  # below, or above, any cosine
+    return checker
