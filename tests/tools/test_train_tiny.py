@@ -214,7 +214,7 @@ def test_every_stage_runs_and_the_bundle_it_makes_is_measured(tmp_path, monkeypa
         ("captioner", ()),
     ):
         run(name, *common, "--steps", 2, "--batch-size", 10, *extra)
-    run("export", "--work", work, "--out", bundle)
+    run("export", "--work", work, "--out", bundle, "--judge", tmp_path / "judge.safetensors")
     monkeypatch.setattr(sys.modules["evaluate"] if "evaluate" in sys.modules else __import__("evaluate"), "STEPS", 4)
     run("evaluate", *common, "--bundle", bundle, "--limit", 10, "--search", 5)
     metrics = json.loads((bundle / "metrics.json").read_text())
@@ -223,3 +223,18 @@ def test_every_stage_runs_and_the_bundle_it_makes_is_measured(tmp_path, monkeypa
     card = (bundle / "README.md").read_text()
     assert f"{metrics['vae']['psnr']:.2f} dB" in card
     assert "| **no** |" in card  # two steps of training reach nothing, and the card says so
+
+    # Training goes on from the bundle alone: same vocabulary, same weights (but for fp16), and a next step.
+    again = tmp_path / "again"
+    run("resume_from_bundle", "--bundle", bundle, "--work", again)
+    from common import averaged
+
+    for name, module in (("vae", "vae"), ("unet", "unet"), ("clip", "clip"), ("captioner", "captioner")):
+        old, new = averaged(work, name)[module], averaged(again, name)[module]
+        assert old.keys() == new.keys()
+        for key, value in old.items():
+            torch.testing.assert_close(new[key].to(value.dtype), value, rtol=1e-3, atol=1e-6)
+    for file in ("tokenizer/vocab.json", "captioner_tokenizer/vocab.txt"):
+        assert (again / file).read_text().split() == (work / file).read_text().split()
+    run("clip", "--data", data, "--work", again, "--steps", 1, "--batch-size", 10)
+    assert torch.load(again / "clip.pt", weights_only=True)["step"] == 1

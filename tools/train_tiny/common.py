@@ -85,7 +85,8 @@ class Stage:
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
             ema.shadow = state["ema"]
-            self.optimizer.load_state_dict(state["optimizer"])
+            if state["optimizer"] is not None:  # None: weights taken from a bundle
+                self.optimizer.load_state_dict(state["optimizer"])
             start, seconds = state["step"], state["seconds"]
         base = [group.get("base_lr", group["lr"]) for group in self.optimizer.param_groups]
         for group, lr in zip(self.optimizer.param_groups, base, strict=True):

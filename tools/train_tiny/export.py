@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import (
     BlipForConditionalGeneration,
     BlipImageProcessor,
@@ -65,6 +66,7 @@ def main() -> None:
     p.add_argument("--work", required=True, type=Path, help="folder of the stages' checkpoints")
     p.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "tiny")
     p.add_argument("--allow-missing", action="store_true", help="random weights for stages without a checkpoint")
+    p.add_argument("--judge", type=Path, help="also write the judge's weights to this safetensors file")
     args = p.parse_args()
 
     for folder in ("pipeline", "clip", "captioner"):
@@ -92,6 +94,9 @@ def main() -> None:
     blip.save_pretrained(args.out / "captioner")
     images = BlipImageProcessor(size={"height": 32, "width": 32}, **PIXELS)
     BlipProcessor(images, bert).save_pretrained(args.out / "captioner")
+
+    if args.judge:
+        save_file({key: value.contiguous() for key, value in averaged(args.work, "judge")["model"].items()}, args.judge)
 
     total = 0
     for file in sorted(args.out.rglob("*.safetensors")):

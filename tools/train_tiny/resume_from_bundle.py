@@ -1,0 +1,62 @@
+"""Turn an exported bundle back into checkpoints, so that training goes on where the published weights ended.
+
+The optimizer's state is not part of a bundle: it starts anew, under the schedule's warm-up. The judge's weights come from
+``judge.safetensors`` beside this file. A checkpoint that exists already is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import captioner as captioner_stage
+
+HERE = Path(__file__).parent
+BUNDLE = HERE.parents[1] / "src" / "sgid_transforms" / "tiny"
+
+
+def checkpoint(path: Path, modules: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Write a checkpoint at step 0 whose weights and averages are ``modules``."""
+    if path.exists():
+        print(f"{path}: exists, left alone")
+        return
+    state = {name: {k: v.float() if v.is_floating_point() else v for k, v in m.items()} for name, m in modules.items()}
+    torch.save({"modules": state, "ema": state, "optimizer": None, "step": 0, "seconds": 0.0}, path)
+    print(f"{path}: written")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--bundle", type=Path, default=BUNDLE)
+    p.add_argument("--work", required=True, type=Path, help="folder for the checkpoints")
+    args = p.parse_args()
+    work, pipeline = args.work, args.bundle / "pipeline"
+    (work / "tokenizer").mkdir(parents=True, exist_ok=True)
+    model = json.loads((pipeline / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (work / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = (m if isinstance(m, str) else " ".join(m) for m in model["merges"])
+    (work / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    words = json.loads((args.bundle / "captioner" / "tokenizer.json").read_text())["model"]["vocab"]
+    (work / "captioner_tokenizer").mkdir(exist_ok=True)
+    (work / "captioner_tokenizer" / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n")
+    scale = json.loads((pipeline / "vae" / "config.json").read_text())["scaling_factor"]
+    (work / "latent_scale.txt").write_text(repr(scale))
+
+    checkpoint(work / "vae.pt", {"vae": load_file(pipeline / "vae" / "diffusion_pytorch_model.safetensors")})
+    unet = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    text = load_file(pipeline / "text_encoder" / "model.safetensors")
+    checkpoint(work / "unet.pt", {"unet": unet, "text_encoder": text})
+    checkpoint(work / "clip.pt", {"clip": load_file(args.bundle / "clip" / "model.safetensors")})
+    # Weights that are tied are stored once: a model with these weights knows them all.
+    blip = captioner_stage.BlipForConditionalGeneration.from_pretrained(args.bundle / "captioner", dtype=torch.float32)
+    checkpoint(work / "captioner.pt", {"captioner": blip.state_dict()})
+    if (HERE / "judge.safetensors").exists():
+        checkpoint(work / "judge.pt", {"model": load_file(HERE / "judge.safetensors")})
+
+
+if __name__ == "__main__":
+    main()
