@@ -30,3 +30,11 @@ class MissingCaptionError(SGIDError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr of its argument
         return str(self.args[0]) if self.args else ""
+
+
+class ImageError(SGIDError, ValueError):
+    """An image file cannot be read; the message is the reason alone."""
+
+
+class FolderError(SGIDError, OSError):
+    """A folder of images is not there, or is not laid out as one folder for each class."""

@@ -1,0 +1,106 @@
+"""``sgid preview``: what strength and guidance do to one image."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sgid_transforms.cli import codes, options
+from sgid_transforms.cli.notes import tiny_note
+from sgid_transforms.cli.output import fail, note, say
+
+
+def command(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
+    label: Annotated[str, typer.Option(metavar="NAME", help="Its class in words.")],
+    caption: Annotated[str | None, typer.Option(metavar="TEXT", help="What it shows; by default the captioner says.")] = None,
+    strengths: Annotated[str, typer.Option(metavar="LIST", help="Columns of the sheet.")] = "0.2,0.4,0.6,0.8",
+    guidances: Annotated[str | None, typer.Option(metavar="LIST", help="Rows; by default around the recipe's.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the sheet goes.")] = Path("preview.png"),
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all variants.")] = 0,
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    captioner: options.Captioner = "auto",
+    device: options.Device = "auto",
+    batch_size: options.BatchSize = 8,
+) -> None:
+    """Draw variants of one IMAGE over strengths and guidances.
+
+    The contact sheet shows what the recipe's two main settings do, to choose them by.
+    """
+    from sgid_transforms.errors import ImageError
+    from sgid_transforms.generation.requests import GenerationRequest
+    from sgid_transforms.images import load_image
+    from sgid_transforms.keys import to_uint8_chw
+    from sgid_transforms.prompts import build_prompt, clean_label
+    from sgid_transforms.recipe import Filters
+    from sgid_transforms.report import contact_sheet
+    from sgid_transforms.service.factory import Describer, load_generator
+
+    wanted = options.recipe_from(recipe, model).replace(filters=Filters(max_retries=0))
+    models = options.models_from(device, batch_size, captioner)
+    columns = _numbers(strengths, "--strengths")
+    rows = _numbers(guidances, "--guidances") if guidances is not None else _around(wanted.guidance)
+    for strength in columns:
+        wanted.replace(strength=strength)  # refuses, in a sentence, what the recipe's number of steps cannot do
+    for guidance in rows:
+        wanted.replace(guidance=guidance)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise typer.BadParameter(f"{out} has no ending of an image; name it, for instance, preview.png", param_hint="--out")
+    words = clean_label(label)
+    try:
+        original = to_uint8_chw(load_image(image))
+    except ImageError as error:
+        fail(f"{image}: {error}")
+    if wanted.model == "tiny" and (about := tiny_note([words], [(original.shape[1], original.shape[2])])):
+        note(about)
+    if caption is None:
+        caption = Describer(wanted.prompt, models.captioner_for(wanted), None, models.device).caption([original])[0]
+    generate = load_generator(wanted, models.device, batch_size=batch_size)
+    tokenizer = getattr(generate, "tokenizer", None)
+    limit = getattr(generate, "max_tokens", None) if tokenizer is not None else None
+    prompt = build_prompt(wanted.prompt, words, caption, tokenizer=tokenizer, max_tokens=limit)
+    results = generate(
+        [
+            GenerationRequest(
+                original, prompt, wanted.negative_prompt, strength, guidance, seed, words, f"{strength:g}/{guidance:g}"
+            )
+            for guidance in rows
+            for strength in columns
+        ]
+    )
+    width = len(columns)
+    sheet = contact_sheet(
+        [[original, *(result.image for result in results[row * width : (row + 1) * width])] for row in range(len(rows))],
+        row_titles=[f"guidance {guidance:g}" for guidance in rows],
+        column_titles=["original", *(f"strength {strength:g}" for strength in columns)],
+        cell=128,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out)
+    say(f"prompt: {prompt}")
+    say(f"sheet:  {out}")
+    missing = [f"{result.reason}" for result in results if result.image is None]
+    if missing:
+        say(f"{len(missing)} of {len(results)} cells are empty: {', '.join(sorted(set(missing)))}")
+        raise typer.Exit(codes.PARTIAL)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        numbers = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 16:
+        raise typer.BadParameter(f"{text!r} is no list of 1 to 16 numbers; write them with commas: 0.3,0.6", param_hint=option)
+    return numbers
+
+
+def _around(guidance: object) -> list[float]:
+    """Rows around a recipe's guidance: none, its own, and stronger."""
+    low = float(getattr(guidance, "low", guidance))  # type: ignore[arg-type]
+    high = float(getattr(guidance, "high", guidance))  # type: ignore[arg-type]
+    if high <= 1:  # a distilled model, which takes no guidance
+        return [high]
+    return sorted({1.0, low, high, 2 * high - 1})

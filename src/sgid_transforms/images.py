@@ -1,0 +1,107 @@
+"""Reading image files of any origin: upright RGB, or one sentence that says why not."""
+
+import os
+import stat
+import struct
+import warnings
+from pathlib import Path
+from typing import Final
+
+from PIL import Image, UnidentifiedImageError
+
+from sgid_transforms.errors import ImageError
+
+EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Endings that count as images: those of torchvision's ``ImageFolder``."""
+
+FORMATS: Final = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+"""What is decoded, whatever a file's ending says; Pillow would otherwise try some forty formats on a stranger's bytes."""
+
+MAX_PIXELS: Final = 89_478_485
+"""Most pixels of an image, Pillow's own limit for what may be a decompression bomb: 256 MiB of RGB."""
+
+_ORIENTATION: Final = 0x0112  # the EXIF tag
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MODES: Final = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+
+_TOO_LARGE: Final = f"it has more than the {MAX_PIXELS:,} pixels that are safe to decode; scale it down, or leave it out"
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The picture of a file as a person sees it: turned as its EXIF orientation says, in mode RGB, decoded to the end.
+
+    It can be the loader of torchvision's ``ImageFolder(root, loader=load_image)``, whose own one leaves photos of phones
+    lying on their side. Transparency is dropped and CMYK converted, as ``convert("RGB")`` does. Of an animation, the first
+    picture counts.
+
+    Raises:
+        ImageError: the file cannot be read, is cut off, is no image, holds more than ``MAX_PIXELS`` pixels, or more than
+            8 bits a channel. The message is the reason alone, without the path.
+    """
+    return read_image(path)[0]
+
+
+def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
+    """:func:`load_image`, and whether the picture was turned."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for whoever writes into it
+            raise ImageError("it is not a plain file")
+        if status.st_size == 0:
+            raise ImageError("it is empty (0 bytes)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and odd metadata; pixels in doubt raise
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError(_TOO_LARGE)
+                if image.mode not in _MODES:
+                    raise ImageError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+                image.load()
+                turn = _TURNS.get(_orientation(image))
+                upright = image if turn is None else image.transpose(turn)
+                return _rgb(upright), turn is not None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(_TOO_LARGE) from None
+    except UnidentifiedImageError:
+        raise ImageError(f"it is none of the images {', '.join(FORMATS)}, whatever its name says") from None
+    except ImageError:
+        raise
+    except OSError as error:
+        raise ImageError(_os_reason(error)) from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything: SyntaxError, struct.error, ...
+        raise ImageError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether the file's ending is one that ``ImageFolder`` takes for an image's."""
+    return path.suffix.lower() in EXTENSIONS
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours as the direct way, which warns that it drops the transparency
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, ValueError, TypeError, SyntaxError, struct.error, KeyError, IndexError):
+        return 1  # EXIF that cannot be read turns nothing
+
+
+def _os_reason(error: OSError) -> str:
+    if error.errno is not None and error.strerror:
+        return f"it cannot be read ({error.strerror})"
+    if "truncated" in str(error):
+        return f"it is cut off ({error})"
+    return f"it is damaged ({error})"
