@@ -22,7 +22,7 @@ class Captioner:
         device (str): Where the model runs.
         batch_size (int): Images per forward pass.
         num_beams (int): Beams of the search; 1 is greedy.
-        max_new_tokens (int): Longest caption, in tokens.
+        max_new_tokens (int): Longest caption, in tokens; fewer where the model's decoder has no room for them.
         dtype (torch.dtype, optional): Of the weights; float32 by default.
 
     Raises:
@@ -43,17 +43,23 @@ class Captioner:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        from sgid_transforms.generation._quiet import quiet_loading
+
         source = str(_TINY) if path == "tiny" else str(path)
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                source, use_safetensors=True, trust_remote_code=False, dtype=dtype or torch.float32
-            )
+            with quiet_loading():
+                self._processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+                model: Any = AutoModelForImageTextToText.from_pretrained(
+                    source, use_safetensors=True, trust_remote_code=False, dtype=dtype or torch.float32
+                )
         except (OSError, ValueError, ImportError) as error:
             raise ModelLoadError(f"the captioner {path!r} cannot be loaded: {error}") from error
         self._model = model.eval().to(device)
         self._device, self._dtype = torch.device(device), dtype or torch.float32
-        self._options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
+        # A decoder has no positions beyond its last: the bundled one ends at 24, with the start token among them.
+        limit = getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None)
+        length = max_new_tokens if limit is None else min(max_new_tokens, limit - 2)
+        self._options = {"num_beams": num_beams, "max_new_tokens": length, "do_sample": False}
         self.batch_size = batch_size
         self.id = path
 
@@ -62,9 +68,7 @@ class Captioner:
         """Captions of uint8 RGB images ``(3, H, W)``, of any sizes; one line each, possibly empty."""
         captions: list[str] = []
         for start in range(0, len(images), self.batch_size):
-            chunk = [
-                image.detach().cpu().permute(1, 2, 0).contiguous().numpy() for image in images[start : start + self.batch_size]
-            ]
+            chunk = [_to_numpy(image) for image in images[start : start + self.batch_size]]
             inputs = self._processor(images=chunk, return_tensors="pt").to(self._device)
             inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
             tokens = self._model.generate(**inputs, **self._options)
