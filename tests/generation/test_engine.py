@@ -321,6 +321,16 @@ def test_memory_that_does_not_do_for_one_sample(shared: Any) -> None:
         assert str(result).startswith("out of memory at a batch of one (CUDA out of memory at 2 rows)")
 
 
+def test_exact_strength_tells_close_strengths_apart(shared: Any) -> None:
+    pair = [request(1, strength=0.5), request(1, strength=0.6)]
+    coarse = images(NativeEngine(shared, num_inference_steps=4).run(pair))
+    assert largest_difference(coarse[:1], coarse[1:]) <= 2
+    fine = NativeEngine(shared, num_inference_steps=4, exact_strength=True)
+    made = images(fine.run(pair))
+    assert largest_difference(made[:1], made[1:]) > 2
+    assert fine.stats.unet_rows == sum(fine.evaluations(r) for r in pair) == 8
+
+
 def test_no_requests_are_no_work(shared: Any) -> None:
     engine = NativeEngine(shared)
     assert engine.run([]) == []

@@ -135,3 +135,35 @@ def test_unknown_sampler() -> None:
         resolve_sampler("heun", diffusers.DDIMScheduler())
     message = "sampler 'heun' is not known; use 'auto' or one of 'ddim', 'euler', 'dpmsolver++', 'lcm'"
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
+@pytest.mark.parametrize(
+    ("strength", "steps", "top"), [(0.5, 2, 500), (0.7, 3, 700), (0.13, 1, 130), (0.0001, 1, 1), (1.0, 4, 1000)]
+)
+def test_exact_strength_starts_at_its_own_level(sampler: str, strength: float, steps: int, top: int) -> None:
+    trajectory = Schedule(SD_BETAS, sampler, 4, exact_strength=True).trajectory(strength)
+    step = Step.of(list(trajectory.table))
+    assert len(trajectory) == steps
+    assert step.timestep[0] == top - 1
+    torch.testing.assert_close(step.timestep, torch.linspace(top, 0, steps + 1)[:-1].round() - 1)
+    products = diffusers.DDIMScheduler(**SD_BETAS).alphas_cumprod
+    torch.testing.assert_close(step.alpha.flatten() ** 2, products[step.timestep.long()])
+    torch.testing.assert_close(step.next_alpha[:-1], step.alpha[1:])
+    assert step.next_sigma[-1] == 0
+    assert step.extrapolation[0] == step.extrapolation[-1] == 0
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
+def test_exact_strength_equals_trailing_steps_where_these_start_there_too(sampler: str) -> None:
+    config = SD_BETAS | {"timestep_spacing": "trailing"}
+    exact = Schedule(config, sampler, 10, exact_strength=True).trajectory(0.5).table
+    listed = Schedule(config, sampler, 10).trajectory(0.5).table
+    torch.testing.assert_close(exact[:, :6], listed[:, :6])
+
+
+def test_exact_strength_has_limits() -> None:
+    with pytest.raises(GenerationError, match="outside"):
+        Schedule(SD_BETAS, "ddim", 4, exact_strength=True).trajectory(0.0)
+    with pytest.raises(RecipeError, match="exact_strength has no meaning for the lcm sampler"):
+        Schedule(SD_BETAS, "lcm", 4, exact_strength=True)

@@ -115,6 +115,8 @@ class NativeEngine:
         num_inference_steps: steps at strength 1.
         guidance_interval: shares of the noise schedule (timestep over the last training timestep) between which guidance
             acts; outside only the conditional half is evaluated (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        exact_strength: start at the very noise level that a strength names, with the steps spread evenly below it, instead
+            of at the nearest lower one of a fixed list as diffusers does; makes the most of few steps. Not for ``lcm``.
         resolution: height and width at which the model works, or one number for an area whose aspect ratio follows the
             image; ``None`` takes the size that the UNet was trained at.
         batch_size: guided samples in one UNet call, that is, half of its rows; also images in one VAE call.
@@ -137,6 +139,7 @@ class NativeEngine:
         sampler: str = "auto",
         num_inference_steps: int = 20,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        exact_strength: bool = False,
         resolution: int | tuple[int, int] | None = None,
         batch_size: int = 8,
         device: str | torch.device | None = None,
@@ -163,6 +166,7 @@ class NativeEngine:
             resolve_sampler(sampler, pipeline.scheduler),
             num_inference_steps,
             strength_sets_range=type(pipeline).__name__.startswith("LatentConsistencyModel"),
+            exact_strength=exact_strength,
         )
         self._interval = (float(low), float(high))
         config = pipeline.unet.config

@@ -103,14 +103,19 @@ class Engine(Protocol):
         """Model evaluations (rows of a batch) that this request takes, before it is run."""
 
 
+def check_strength(strength: float) -> None:
+    """Raise `GenerationError` unless ``strength`` is in (0, 1]."""
+    if not 0 < strength <= 1:
+        raise GenerationError(f"strength {strength:g} is outside (0, 1]; use a strength above 0 and at most 1")
+
+
 def steps_to_run(num_inference_steps: int, strength: float) -> int:
     """Number of denoising steps of an image-to-image run, ``int(num_inference_steps * strength)`` as in diffusers.
 
     Raises:
         GenerationError: strength is outside (0, 1], or so low that no step is left.
     """
-    if not 0 < strength <= 1:
-        raise GenerationError(f"strength {strength:g} is outside (0, 1]; use a strength above 0 and at most 1")
+    check_strength(strength)
     steps = min(int(num_inference_steps * strength), num_inference_steps)
     if steps < 1:
         # The smallest number of steps is searched, not computed: 1 / strength is a float and may round either way.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sgid_transforms.errors import GenerationError, RecipeError
-from sgid_transforms.generation.requests import steps_to_run
+from sgid_transforms.generation.requests import check_strength, steps_to_run
 
 SAMPLERS = ("ddim", "euler", "dpmsolver++", "lcm")
 
@@ -89,20 +89,32 @@ class Schedule:
         num_inference_steps: steps at strength 1.
         strength_sets_range: strength shortens the range of timesteps instead of the number of steps, as diffusers'
             ``LatentConsistencyModelImg2ImgPipeline`` has it; for ``lcm`` only.
+        exact_strength: start at the very noise level that strength names, with the steps spread evenly below it, instead of
+            at the nearest lower one of a fixed list. At few steps the list is coarse: with 4 steps, strengths from 0.5 to
+            0.74 are one and the same. There is no strength that leaves no step. Not for ``lcm``.
 
     Raises:
         RecipeError: the number of steps does not fit the schedule.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, strength_sets_range: bool = False
+        self,
+        config: Mapping[str, Any],
+        sampler: str,
+        num_inference_steps: int,
+        *,
+        strength_sets_range: bool = False,
+        exact_strength: bool = False,
     ) -> None:
+        if exact_strength and sampler == "lcm":
+            raise RecipeError("exact_strength has no meaning for the lcm sampler, whose steps are those of its distillation")
         self.sampler = sampler
         self.num_inference_steps = num_inference_steps
         self.prediction_type: str = config.get("prediction_type", "epsilon")
         clips = sampler in ("ddim", "lcm") and config.get("clip_sample", False)
         self.clip: float | None = config.get("clip_sample_range", 1.0) if clips else None
         self._strength_sets_range = strength_sets_range and sampler == "lcm"
+        self._exact_strength = exact_strength
         self._scheduler = _make_scheduler(config, sampler)
         self._trajectories: dict[float, Trajectory] = {}
         self._train_steps = int(self._scheduler.config.num_train_timesteps)
@@ -125,7 +137,11 @@ class Schedule:
         Raises:
             GenerationError: strength is outside (0, 1], or leaves no step.
         """
-        key = float(strength) if self._strength_sets_range else float(steps_to_run(self.num_inference_steps, strength))
+        if self._strength_sets_range or self._exact_strength:
+            check_strength(strength)
+            key = float(strength)
+        else:
+            key = float(steps_to_run(self.num_inference_steps, strength))
         if key not in self._trajectories:
             if len(self._trajectories) > 1000:  # strengths are floats: bound what a long run can pile up
                 self._trajectories.clear()
@@ -133,9 +149,11 @@ class Schedule:
         return self._trajectories[key]
 
     def _build(self, strength: float) -> Trajectory:
+        start = 0
         if self._strength_sets_range:
             timesteps, (alpha, sigma, next_alpha, next_sigma) = self._numbers(strength)
-            start = 0
+        elif self._exact_strength:
+            timesteps, (alpha, sigma, next_alpha, next_sigma) = self._numbers_below(strength)
         else:
             timesteps, (alpha, sigma, next_alpha, next_sigma) = self._timesteps, self._levels
             start = self.num_inference_steps - steps_to_run(self.num_inference_steps, strength)
@@ -187,10 +205,21 @@ class Schedule:
             following = torch.cat([current[1:], torch.ones(1, dtype=torch.float64)])
         return timesteps, (current.sqrt(), (1 - current).sqrt(), following.sqrt(), (1 - following).sqrt())
 
+    def _numbers_below(self, strength: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """As `_numbers`, for steps that are spread evenly below the noise level of ``strength``, itself the first one."""
+        top = max(round(strength * self._train_steps), 1)
+        count = min(max(round(strength * self.num_inference_steps), 1), top)
+        timesteps = torch.linspace(top, 0, count + 1, dtype=torch.float64)[:-1].round() - 1
+        products = self._scheduler.alphas_cumprod.double()
+        current = products[timesteps.long()]
+        final = torch.ones(1, dtype=torch.float64)
+        if self.sampler == "ddim":
+            final = self._scheduler.final_alpha_cumprod.double().view(1)
+        following = torch.cat([current[1:], final])
+        return timesteps, (current.sqrt(), (1 - current).sqrt(), following.sqrt(), (1 - following).sqrt())
+
     def _check_range(self, strength: float) -> None:
         original = int(self._scheduler.config.original_inference_steps)
-        if not 0 < strength <= 1:
-            raise GenerationError(f"strength {strength:g} is outside (0, 1]; use a strength above 0 and at most 1")
         if int(original * strength) < self.num_inference_steps:
             raise GenerationError(
                 f"strength {strength:g} leaves int({original * strength:.3g}) = {int(original * strength)} of the {original} "
