@@ -5,14 +5,14 @@
     python benchmarks/stores.py scale --records N  look-ups among N records against 1,000, for both stores
     python benchmarks/stores.py writes             put rates
 
-All times are medians of interleaved rounds on one thread, so that a busy machine disturbs both sides of a ratio alike.
+All times are the lowest of many short rounds on one thread, in which all that is compared takes turns: what a busy machine
+adds comes and goes, as the documentation of timeit says.
 """
 
 import argparse
 import hashlib
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -46,8 +46,8 @@ def photo(size: int) -> Image.Image:
         return picture.convert("RGB").crop((0, 44, 512, 556)).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def microseconds(functions: dict[str, Callable[[], object]], rounds: int = 15, budget: float = 0.02) -> dict[str, float]:
-    """Median time of each function over rounds in which all of them take turns."""
+def microseconds(functions: dict[str, Callable[[], object]], rounds: int = 60, budget: float = 0.004) -> dict[str, float]:
+    """Lowest time of each function over rounds in which all of them take turns."""
     repeats = {}
     for name, function in functions.items():
         function()
@@ -61,7 +61,7 @@ def microseconds(functions: dict[str, Callable[[], object]], rounds: int = 15, b
             for _ in range(repeats[name]):
                 function()
             times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(values) * 1e6 for name, values in times.items()}
+    return {name: min(values) * 1e6 for name, values in times.items()}
 
 
 def formats() -> None:
@@ -72,7 +72,7 @@ def formats() -> None:
         image = v2.functional.pil_to_tensor(photo(size))
         encoded = {name: codec.encode(image, name)[0] for name in IMAGE_FORMATS if name != "auto"}
         decoding = microseconds({name: partial(codec.decode_pil, data) for name, data in encoded.items()})
-        encoding = microseconds({name: partial(codec.encode, image, name) for name in encoded}, rounds=3)
+        encoding = microseconds({name: partial(codec.encode, image, name) for name in encoded}, rounds=5)
         digests = microseconds({name: partial(hashlib.sha256, data) for name, data in encoded.items()})
         for name, data in encoded.items():
             error = (codec.decode(data).astype(float) - image.permute(1, 2, 0).numpy()) ** 2
@@ -134,7 +134,7 @@ def _compare(name: str, lookups: dict[int, tuple[Callable[[str], object], Sequen
         chosen = [keys[i] for i in sample]
         assert all(read(key) is not None for key in chosen)
         samples[f"{count:,} records"] = lambda read=read, chosen=chosen: [read(key) for key in chosen]
-    figures = {what: value / 1000 for what, value in microseconds(samples, rounds=21, budget=0.001).items()}
+    figures = {what: value / 1000 for what, value in microseconds(samples, rounds=41, budget=0.001).items()}
     small, large = figures.values()
     print(
         name,

@@ -3,6 +3,7 @@
 A script of its own, because it forks: the writers are plain forks of a process with one thread.
 """
 
+import gc
 import os
 import random
 import signal
@@ -65,6 +66,7 @@ def fork(function, *arguments) -> int:
 
 def main(root: str, kills: int) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # collections in the forks would copy the parent's pages
     rng = random.Random(1)
     open(f"{root}.running", "w").close()
     log = os.open(f"{root}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

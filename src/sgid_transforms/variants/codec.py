@@ -48,7 +48,7 @@ def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]
     Args:
         image: uint8 tensor (3, H, W), RGB.
         image_format: ``"png"`` (lossless, not compressed: the fastest to read), ``"webp-lossless"`` (lossless, small),
-            ``"webp"`` (quality 95), ``"jpeg"`` (quality 95, 4:2:0) or ``"auto"``.
+            ``"webp"`` (quality 95), ``"jpeg"`` (quality 92, 4:2:0) or ``"auto"``.
 
     Returns:
         The file's bytes and its extension.
@@ -73,7 +73,7 @@ def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]
     elif kind == "webp":
         picture.save(buffer, "WEBP", quality=95, method=4)
     else:
-        picture.save(buffer, "JPEG", quality=95, subsampling="4:2:0")
+        picture.save(buffer, "JPEG", quality=92, subsampling="4:2:0")
     return buffer.getvalue(), _EXTENSION[kind]
 
 
