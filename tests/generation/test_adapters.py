@@ -221,6 +221,14 @@ def test_images_come_back_in_their_own_size() -> None:
     assert [tuple(answer.shape) for answer in images(adapter.run(asked))] == [(3, 20, 36), (3, 40, 16), (3, 32, 32)]
 
 
+def test_negative_prompts_of_flux_need_a_scale_of_their_own() -> None:
+    plain, negative = request(1), request(1, negative_prompt="blurry")
+    silent, heard = build("flux"), build("flux", call_options={"true_cfg_scale": 8.0})
+    assert any("negative prompts have no effect unless" in sentence for sentence in silent.limits)
+    assert torch.equal(*images(silent.run([plain, negative])))
+    assert not torch.equal(*images(heard.run([plain, negative])))
+
+
 def test_control_image_can_be_made_of_the_picture() -> None:
     seen: list[torch.Tensor] = []
 

@@ -110,6 +110,8 @@ def limits_of(traits: CallTraits) -> tuple[str, ...]:
         said.append("guidance scale is ignored: the pipeline has none")
     elif traits.distilled_guidance:
         said.append("guidance scale is an input of the network: values at or below 1 do not switch guidance off")
+    if traits.negative_prompt and traits.distilled_guidance:
+        said.append("negative prompts have no effect unless call_options sets a true_cfg_scale above 1")
     if not traits.negative_prompt:
         said.append("negative prompts are ignored: the pipeline takes none")
     if traits.control_image:
