@@ -1,0 +1,188 @@
+"""The report as a file. How it behaves in a browser is in test_report_browser.py."""
+
+import base64
+import io
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+from report_fakes import ColourScorer, make_stores, near
+
+from sgid_transforms.captions import CaptionRecord
+from sgid_transforms.keys import image_key
+from sgid_transforms.report import ReportError, _view, write_report
+from sgid_transforms.report._pictures import embed
+from sgid_transforms.report.facts import ImageFacts, VariantFacts
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of script and style."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self._skip = [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._skip = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._skip = False
+
+    def handle_data(self, data):
+        if not self._skip:
+            self.text.append(data)
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_nothing_outside_of_the_file_is_named_as_a_source(report):
+    page = Page(read(report[0]))
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "action", "srcset", "poster", "data"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#|data:)", read(report[0]))
+    policy = next(attributes["content"] for _, attributes in page.tags if attributes.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_every_text_is_escaped(report):
+    html = read(report[0])
+    page = Page(html)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "<b>Test" not in html
+    assert "<script>alert(1)</script> a red 'field' & \"sky\"" in " ".join(page.text)
+    assert "<b>Test</b>" in page.text
+
+
+def test_every_original_and_variant_is_there_with_its_figures(report):
+    path, facts = report
+    page = Page(read(path))
+    cards = [attributes for tag, attributes in page.tags if tag == "article"]
+    assert len(cards) == len(facts.images) == 9
+    assert cards == sorted(cards, key=lambda card: float(card["data-worst"]))
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert sum(attributes["alt"].startswith("original:") for attributes in images) == 9
+    assert sum(attributes["alt"].startswith("variant ") for attributes in images) == 27
+    text = " ".join(" ".join(page.text).split())
+    for part in ("strength 0.30", "guidance 4.0", "seen as", "Prompt: a photo of a red", "rejected", "label kept by all"):
+        assert part in text
+
+
+def test_small_images_are_embedded_to_the_pixel_and_large_ones_scaled_down():
+    small = torch.randint(0, 256, (3, 20, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = embed(small, 192)
+    assert picture.pixels
+    decoded = Image.open(io.BytesIO(base64.b64decode(picture.src.removeprefix("data:image/png;base64,"))))
+    assert torch.equal(
+        torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8).view(20, 32, 3).permute(2, 0, 1), small
+    )
+    large = embed(small.repeat_interleave(20, 1).repeat_interleave(20, 2), 192)
+    assert not large.pixels
+    assert Image.open(io.BytesIO(base64.b64decode(large.src.partition(",")[2]))).size == (192, 120)
+
+
+def image(key, scores, label="cat"):
+    variants = [
+        VariantFacts(
+            n, image_similarity=similarity, label_probability=probability, answer="cat" if probability > 0.5 else "dog"
+        )
+        for n, (probability, similarity) in enumerate(scores)
+    ]
+    return ImageFacts(key, label, variants=tuple(variants))
+
+
+def test_worst_and_best_are_chosen_in_turn_within_the_limit():
+    images = [
+        image("safe", [(0.9, 0.9)]),
+        image("lost", [(0.1, 0.2)]),
+        image("best", [(0.9, 0.3)]),
+        image("middle", [(0.6, 0.8)]),
+    ]
+    assert [one.key for one in _view.choose(images, 100)] == ["lost", "middle", "safe", "best"]
+    assert {one.key for one in _view.choose(images, 4)} == {"lost", "best"}
+    assert [one.key for one in _view.choose(images, 1)] == ["lost"]  # one is always shown
+    assert _view.choose([], 10) == []
+
+
+def test_unmeasured_originals_come_last():
+    unknown = ImageFacts("unknown", variants=(VariantFacts(0),))
+    assert [one.key for one in _view.choose([unknown, image("lost", [(0.1, 0.2)])], 10)] == ["lost", "unknown"]
+
+
+def test_a_cut_is_stated(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path, per_class=4)
+    path = tmp_path / "report.html"
+    write_report(
+        path, captions, variants, recipe, originals=tmp_path / "data", scorer=ColourScorer(), max_originals=10, max_images=12
+    )
+    page = Page(read(path))
+    text = " ".join(" ".join(page.text).split())
+    assert "sample of 10 of 12 originals" in text
+    assert "3 of the 10 originals that were looked at" in text
+    assert "cut at 12 embedded pictures" in text
+    assert len([tag for tag, _ in page.tags if tag == "article"]) == 3
+
+
+def test_a_report_without_scorer_originals_or_captions_says_what_is_missing(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=2)
+    captions.remove([image_key(near("red", 0, 0.0))])
+    path = tmp_path / "new" / "folder" / "report.html"
+    write_report(path, captions, variants, recipe, originals=tmp_path / "nowhere")
+    text = " ".join(" ".join(Page(read(path)).text).split())
+    for part in ("There was no scorer", "2 of the originals could not be found", "original not found", "only counts are known"):
+        assert part in text
+    assert "Vendi score" not in text
+
+
+def test_text_that_is_no_text_is_shown_as_far_as_it_can_be(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
+    key = image_key(near("red", 0, 0.0))
+    captions.remove([key])
+    captions.put(
+        CaptionRecord(key, "nul \0 bell \a right-to-left \u202e " + "long " * 500, "red" * 200, path="bad\udcff\udc80/\x1b.png")
+    )
+    write_report(tmp_path / "report.html", captions, variants, recipe, title="\ud800 title")
+    html = read(tmp_path / "report.html")
+    assert "nul \ufffd bell \ufffd" in html
+    assert "\ufffd title" in html
+    assert len(html) < 120_000
+
+
+def test_a_recipe_without_variants_is_an_error_that_names_it(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
+    other = recipe.replace(seed=5)
+    with pytest.raises(ReportError, match=f"has no variants of recipe {other.fingerprint}; generate some first"):
+        write_report(tmp_path / "report.html", captions, variants, other)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["jinja2", "matplotlib"])
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, name):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ReportError, match=rf"a report needs {name}: pip install 'sgid-transforms\[report\]'"):
+        write_report(tmp_path / "report.html", captions, variants, recipe)
+
+
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ReportError, match="cannot be written"):
+        write_report(tmp_path / "taken", captions, variants, recipe)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    with pytest.raises(ReportError, match="cannot be written"):
+        write_report(tmp_path / "captions.sqlite" / "report.html", captions, variants, recipe)
+
+
+@pytest.mark.parametrize("limit", ["max_images", "max_side"])
+def test_a_limit_below_1_is_refused(tmp_path, limit):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
+    with pytest.raises(ValueError, match=f"{limit} is 0"):
+        write_report(tmp_path / "report.html", captions, variants, recipe, **{limit: 0})
