@@ -142,14 +142,13 @@ def bare(pipeline: Any, rows: int, images: int, size: int, settings: Settings) -
 def measure(ways: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
     """Best seconds of each way; the ways take turns, so that a slow moment of the machine meets them all."""
     best = dict.fromkeys(ways, math.inf)
-    for number in range(rounds + 1):  # the first round warms up
+    for _ in range(rounds):
         for name, run in ways.items():
             started = time.perf_counter()
             run()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
-            if number:
-                best[name] = min(best[name], time.perf_counter() - started)
+            best[name] = min(best[name], time.perf_counter() - started)
     return best
 
 
@@ -178,6 +177,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's own choice")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("one", "each"), help="measure only one strength, or only a strength for each image")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     if args.threads:
@@ -201,19 +201,32 @@ def main() -> None:
     mixed = [replace(request, strength=strength) for request, strength in zip(same, spread, strict=True)]
     figures: dict[str, dict[str, float]] = {}
     for title, requests in ((f"one strength, {args.strength:g}", same), ("a strength for each image, 0.2 to 0.8", mixed)):
+        if args.only and (args.only == "one") != (requests is same):
+            continue
         rows = sum(engine.evaluations(request) for request in requests)
         ways: dict[str, Callable[[], None]] = {"a": lambda r=requests: run_diffusers(theirs, r, settings, 1)}
         if requests is same:
             ways["b"] = lambda r=requests: run_diffusers(theirs, r, settings, args.batch_size)
         ways["c"] = lambda r=requests: run_engine(engine, r)
         ways["d"] = bare(ours, rows, args.images, size, settings)
+        # Warm up: one batch for the batched ways, two calls for (a)
+        run_diffusers(theirs, requests[:2], settings, 1)
+        run_diffusers(theirs, requests[: args.batch_size], settings, args.batch_size)
+        run_engine(engine, requests[: args.batch_size])
+        bare(ours, 2 * args.batch_size, args.batch_size, size, settings)()
         before = replace(engine.stats)
         figures[title] = report(title, measure(ways, args.rounds, args.device), args.images)
-        runs = args.rounds + 1
         done, calls = engine.stats.unet_rows - before.unet_rows, engine.stats.unet_calls - before.unet_calls
         fill = done / (calls * 2 * args.batch_size)
-        print(f"     UNet rows per round: {done // runs} of {rows} needed, in {calls // runs} calls, {fill:.0%} full")
-        figures[title] |= {"rows": done // runs, "rows needed": rows, "calls": calls // runs, "fill": round(fill, 3)}
+        print(
+            f"     UNet rows per round: {done // args.rounds} of {rows} needed, in {calls // args.rounds} calls, {fill:.0%} full"
+        )
+        figures[title] |= {
+            "rows": done // args.rounds,
+            "rows needed": rows,
+            "calls": calls // args.rounds,
+            "fill": round(fill, 3),
+        }
     if args.json:
         args.json.write_text(json.dumps({"settings": vars(args) | {"json": str(args.json)}, "figures": figures}, indent=2))
 
