@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .wire import Item
+from sgid_transforms.service.wire import Item
 
 
 class PendingRequest:

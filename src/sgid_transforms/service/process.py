@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import GenerationError, ModelLoadError, ServiceError
-from .client import ServiceClient
-from .counters import try_lock
-from .server import HandlerFactory
+from sgid_transforms.errors import GenerationError, ModelLoadError, ServiceError
+from sgid_transforms.service.client import ServiceClient
+from sgid_transforms.service.counters import try_lock
+from sgid_transforms.service.server import HandlerFactory
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_transforms.service.server import main; main({}, {})"
 _LOAD_ERRORS = {"ModelLoadError": ModelLoadError, "GenerationError": GenerationError}
@@ -207,8 +207,8 @@ class GenerationService:
             time.sleep(pause)
 
 
-def job_rendezvous(*identity: str) -> Path | None:
-    """The file where the ranks of this distributed job meet, or None outside of one.
+def job_identity(*more: str) -> str | None:
+    """A name for this distributed job on this machine, the same in all its ranks; None outside of one.
 
     Ranks of one machine are children of one launcher (``torchrun``, ``mp.spawn``), so the launcher's process id and the
     job's master address and port name the job.
@@ -218,12 +218,24 @@ def job_rendezvous(*identity: str) -> Path | None:
     size = dist.get_world_size() if dist is not None and initialised else int(os.environ.get("WORLD_SIZE", "1"))
     if size <= 1:
         return None
-    job = (str(os.getppid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), *identity)
+    job = (str(os.getppid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), *more)
+    return sha256("\0".join(job).encode()).hexdigest()[:24]
+
+
+def job_rendezvous(*more: str) -> Path | None:
+    """The file where the ranks of this distributed job meet, or None outside of one.
+
+    Raises:
+        ServiceError: The folder for such files belongs to another user.
+    """
+    job = job_identity(*more)
+    if job is None:
+        return None
     folder = Path(tempfile.gettempdir(), f"sgid-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ServiceError(f"{folder} belongs to somebody else; set TMPDIR to a folder of your own")
-    return folder / sha256("\0".join(job).encode()).hexdigest()[:24]
+    return folder / job
 
 
 def _private_folder() -> str:

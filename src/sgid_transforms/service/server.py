@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from .batching import Batcher
-from .wire import Item, recv_frame, send_frame
+from sgid_transforms.service.batching import Batcher
+from sgid_transforms.service.wire import Item, recv_frame, send_frame
 
 Handler = Callable[[Sequence[Item]], Sequence[Item]]
 HandlerFactory = Callable[[], Handler]

@@ -1,0 +1,64 @@
+"""The forms in which an image comes and in which its variant must go back: PIL modes, dtypes, channels, devices."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+_PIL_MODES = frozenset({"RGB", "RGBA", "RGBX", "L", "LA", "P", "CMYK", "YCbCr", "HSV", "LAB"})
+
+
+def is_image(value: Any) -> bool:
+    """PIL images, ``tv_tensors.Image`` and plain tensors of 3 or 4 dimensions (labels have fewer)."""
+    if isinstance(value, Image.Image | tv_tensors.Image):
+        return True
+    return isinstance(value, torch.Tensor) and not isinstance(value, tv_tensors.TVTensor) and value.ndim in (3, 4)
+
+
+def check_form(image: Any) -> None:
+    """Refuse what no variant can be given back for.
+
+    Raises:
+        TypeError: A dtype or PIL mode that is not an 8-bit or floating image.
+        ValueError: A shape that is not ``(C, H, W)`` or ``(B, C, H, W)`` with 1 or 3 channels.
+    """
+    if isinstance(image, Image.Image):
+        if image.mode not in _PIL_MODES:
+            raise TypeError(f"a PIL image of mode {image.mode!r} has no 8-bit colours; convert it to 'RGB' first")
+        return
+    if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
+        raise ValueError(f"an image tensor has shape {tuple(image.shape)}; pass (C, H, W) or (B, C, H, W) with 1 or 3 channels")
+    if not (image.dtype == torch.uint8 or image.is_floating_point()):
+        raise TypeError(f"an image tensor has dtype {image.dtype}; pass uint8 in [0, 255] or floats in [0, 1]")
+
+
+def pil_like(variant: Image.Image, original: Image.Image) -> Image.Image:
+    """The RGB variant in the original's mode and size; the original's alpha channel stays."""
+    if variant.size != original.size:  # under a user's own key, which need not know the size
+        variant = variant.resize(original.size, Image.Resampling.BICUBIC)
+    if original.mode == "RGB":
+        return variant
+    if original.mode in ("RGBA", "LA"):
+        variant = variant.convert(original.mode)
+        variant.putalpha(original.getchannel("A"))
+        return variant
+    return variant.convert(original.mode)
+
+
+def tensor_like(variant: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """The variant, uint8 ``(3, H, W)``, as a plain tensor with the original's channels, size, dtype and device."""
+    variant = variant.to(original.device)
+    if variant.shape[1:] != original.shape[1:]:
+        variant = F.resize(variant, list(original.shape[1:]), antialias=True)
+    if original.shape[0] == 1:
+        variant = F.rgb_to_grayscale(variant)
+    if original.is_floating_point():
+        variant = F.to_dtype(variant, original.dtype, scale=True)
+    return variant.contiguous()
+
+
+def to_pil(variant: torch.Tensor) -> Image.Image:
+    """uint8 ``(3, H, W)`` to a PIL image."""
+    return Image.fromarray(variant.permute(1, 2, 0).contiguous().cpu().numpy())
