@@ -141,6 +141,20 @@ def test_a_report_without_scorer_originals_or_captions_says_what_is_missing(tmp_
     assert "Vendi score" not in text
 
 
+class Wrong(ColourScorer):
+    """Takes red for green, and so on."""
+
+    def image_features(self, images):
+        return super().image_features(images).roll(1, dims=1)
+
+
+@pytest.mark.parametrize("scorer", [ColourScorer(), Wrong()])
+def test_a_scorer_that_does_not_know_the_originals_is_not_trusted(tmp_path, scorer):
+    captions, variants, recipe = make_stores(tmp_path, per_class=1)
+    write_report(tmp_path / "report.html", captions, variants, recipe, originals=tmp_path / "data", scorer=scorer)
+    assert ("recognises only 0% of the originals" in read(tmp_path / "report.html")) == isinstance(scorer, Wrong)
+
+
 def test_text_that_is_no_text_is_shown_as_far_as_it_can_be(tmp_path):
     captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
     key = image_key(near("red", 0, 0.0))

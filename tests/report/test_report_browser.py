@@ -171,6 +171,19 @@ def test_a_case_leads_to_its_image_even_if_a_filter_hides_it(page):
     )
 
 
+def test_a_click_on_a_variant_shows_it_large_beside_its_original_until_escape(page):
+    page.execute_script("document.querySelectorAll('article figure button')[2].click()")
+    assert texts(page, "dialog[open] figcaption b")[0] == "original"
+    assert len(texts(page, "dialog figure")) == 2
+    assert page.execute_script("return document.querySelector('dialog img').getBoundingClientRect().width") > 250
+    page.switch_to.active_element.send_keys("\ue00c")  # escape
+    assert texts(page, "dialog[open]") == []
+    page.execute_script("document.querySelector('article figure button').click()")
+    assert len(texts(page, "dialog figure")) == 1  # the original alone
+    click(page, "dialog form button", "")
+    assert texts(page, "dialog[open]") == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_nothing_overflows_at_any_width_and_text_stands_out_in_both_schemes(page, width, scheme):

@@ -10,6 +10,7 @@ from sgid_transforms.report._pictures import Picture
 from sgid_transforms.report.facts import ClassFacts, ImageFacts, Survey, VariantFacts
 
 CASES = 6
+_WEAK_SCORER = 0.5  # share of originals below which a scorer's judgement of labels is worth little
 
 Pictures = Mapping[tuple[str, int | None], Picture]
 """(key, number of the variant; None: the original) -> what is embedded."""
@@ -188,6 +189,11 @@ def notes(facts: Survey) -> Iterator[str]:
             f"Labels and similarities are judged by the model “{facts.scorer}”. It errs, too: compare the figures of the "
             "variants with those of the originals."
         )
+        if one.agreement_originals is not None and one.agreement_originals < _WEAK_SCORER:
+            yield (
+                f"That model recognises only {one.agreement_originals:.0%} of the originals: what it says of labels means "
+                "little here. Choose one that knows these classes."
+            )
     else:
         yield "There was no scorer: labels and similarities are known only where generation measured them."
     lost = sum(not image.found for image in facts.images)

@@ -43,7 +43,7 @@ def write_report(
     title: str = "Variants",
     max_originals: int = 2000,
     max_images: int = 600,
-    max_side: int = 192,
+    max_side: int = 256,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> Survey:
     """Measure the variants of a recipe and write an HTML report: one file that loads nothing from anywhere.

@@ -68,6 +68,21 @@
       gallery.parentElement.scrollIntoView();
     });
   }
+  // A click on a picture shows it large, beside its original.
+  const zoom = document.getElementById("zoom");
+  gallery.addEventListener("click", (event) => {
+    const figure = event.target.closest("button.frame")?.closest("figure");
+    if (!figure) return;
+    const original = figure.parentElement.firstElementChild;
+    const shown = figure === original ? [figure] : [original, figure];
+    zoom.lastElementChild.replaceChildren(...shown.map((each) => each.cloneNode(true)));
+    for (const button of all("button.frame", zoom)) button.disabled = true;
+    zoom.showModal();
+  });
+  zoom.addEventListener("click", (event) => {
+    if (event.target === zoom) zoom.close(); // beside the dialog
+  });
+
   sort(); // browsers restore form fields when a page is reloaded
   filter();
 })();
