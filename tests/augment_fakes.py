@@ -44,7 +44,9 @@ def _make(recipe: Recipe, device: str, **options: Any) -> FakeGenerator:
     return FakeGenerator(options["log"], options["seconds"], options["reject"], options["fail"])
 
 
-def fake_generator(log: Any = None, *, seconds: float = 0.0, reject: bool = False, fail: bool = False) -> "partial[FakeGenerator]":
+def fake_generator(
+    log: Any = None, *, seconds: float = 0.0, reject: bool = False, fail: bool = False
+) -> "partial[FakeGenerator]":
     """A factory as ``SGIDAugment(generator=...)`` takes it."""
     return partial(_make, log=None if log is None else str(log), seconds=seconds, reject=reject, fail=fail)
 

@@ -510,6 +510,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             options=dict(options),
             captioner=self.captioner if on_demand else None,
             scorer=self.scorer if on_demand else None,
+            clip=self.scorer if isinstance(self.scorer, str) else None,
             state=self._state,
         )
 

@@ -31,6 +31,7 @@ class MakerSpec:
         options: Keyword arguments for it.
         captioner: Id of the captioner that captions on demand; None: no captions on demand.
         scorer: Id of the CLIP model that scores them.
+        clip: Id of the CLIP model of the filters, for the package's own generator.
         state: Shared counters.
     """
 
@@ -42,6 +43,7 @@ class MakerSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     captioner: Any = None
     scorer: Any = None
+    clip: str | None = None
     state: SharedState | None = None
 
     def build(self) -> VariantMaker:
@@ -51,8 +53,11 @@ class MakerSpec:
             ModelLoadError: A model cannot be loaded.
             ServiceError: CUDA is asked for in a forked process.
         """
+        options = dict(self.options)
+        if self.generator is None:
+            options = self._filter_options() | options
         try:
-            generate = (self.generator or load_generator)(self.recipe, self.device, **self.options)
+            generate = (self.generator or load_generator)(self.recipe, self.device, **options)
         except RuntimeError as error:
             if "forked subprocess" in str(error):
                 raise ServiceError(
@@ -65,6 +70,13 @@ class MakerSpec:
             describe = Describer(self.recipe.prompt, self.captioner, self.scorer, self.device)
         count = self.state.add if self.state is not None else lambda name, number: None
         return VariantMaker(self.recipe, generate, self.variants, captions=self.captions, describe=describe, count=count)
+
+    def _filter_options(self) -> dict[str, Any]:
+        """What the recipe's filters need: the class names that a label is told from, and a CLIP model."""
+        options: dict[str, Any] = {} if self.clip is None else {"clip": self.clip}
+        if self.recipe.filters.label_check != "none":
+            options["labels"] = sorted({record.label for record in self.captions if record.label})
+        return options
 
     def build_handler(self) -> VariantHandler:
         """What a :class:`GenerationService` calls in its process."""
