@@ -176,6 +176,12 @@ def test_what_cannot_be_loaded_is_named_in_one_sentence(checkpoint: Path, damage
     assert not (checkpoint / "opened").exists()  # nothing of it was run
 
 
+def test_a_tokenizer_needs_no_weights(checkpoint: Path) -> None:
+    """Processors of some checkpoints bring a model's config.json along."""
+    shutil.copy(checkpoint / "text_encoder" / "config.json", checkpoint / "tokenizer")
+    assert load_pipeline(str(checkpoint)).tokenizer is not None
+
+
 def test_weights_that_do_not_fit_their_config(checkpoint: Path) -> None:
     (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ModelLoadError, match=r"^.*broken cannot be loaded: .*") as caught:

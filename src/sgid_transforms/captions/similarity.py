@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sgid_transforms.errors import GenerationError, ModelLoadError
 from sgid_transforms.generation._quiet import first_sentence, is_offline, quiet_loading
 from sgid_transforms.generation.checkpoints import check_weights, resolve_model
+from sgid_transforms.generation.loading import default_dtype
 
 LABEL_TEMPLATE = "a photo of a {label}"
 
@@ -29,7 +30,7 @@ class CLIPScorer:
     Args:
         path: ``"tiny"`` (bundled), a local folder, or a hub id such as ``"openai/clip-vit-base-patch32"``.
         device: where the model runs.
-        dtype: dtype of the model; ``None``: float32 on a CPU, else float16 (bfloat16 where available).
+        dtype: dtype of the model; ``None``: float32 on a CPU, else bfloat16, or float16 where there is none.
         batch_size: images or texts in one forward pass.
         revision: branch, tag or commit of a hub id.
         local_files_only: never ask the hub; ``None``: only when ``HF_HUB_OFFLINE`` is set.
@@ -197,7 +198,7 @@ class CLIPScorer:
                     raise ModelLoadError(
                         f"{source} is a {kind} model, not a CLIP; choose one such as openai/clip-vit-base-patch32"
                     )
-                dtype = self._dtype or _default_dtype(self.device)
+                dtype = self._dtype or default_dtype(self.device)
                 self._model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=dtype, **common)
                 self._tokenizer = AutoTokenizer.from_pretrained(source, **common)
                 self._images = _Preprocessing(AutoImageProcessor.from_pretrained(source, **common))
@@ -250,9 +251,3 @@ def _normalised(output: Any) -> Tensor:
     """Features as unit vectors; newer versions of transformers wrap them into an output object."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
-
-
-def _default_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16

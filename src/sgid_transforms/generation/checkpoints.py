@@ -15,6 +15,7 @@ from sgid_transforms.errors import ModelLoadError
 
 TINY = "tiny"
 
+_WEIGHTLESS = ("Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Scheduler", "FeatureExtractor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 UNSUPPORTED_FAMILIES: dict[str, str] = {
@@ -65,12 +66,13 @@ def check_pipeline_folder(folder: str | Path) -> None:
             raise ModelLoadError(f"{folder} has no folder {name!r} for the {kind} that its model_index.json names")
         if (part / f"{library}.py").is_file():
             raise ModelLoadError(f"{folder} asks to run code of its own ({name}/{library}.py), which is never run")
-        check_weights(part, f"{name} of {folder}")
+        if not kind.endswith(_WEIGHTLESS):
+            check_weights(part, f"{name} of {folder}")
 
 
 def check_weights(folder: Path, name: str) -> None:
     """Raise `ModelLoadError` if a folder holds a model's config, but no safetensors weights beside it."""
-    if not (folder / "config.json").is_file():  # a scheduler, a tokenizer, an image processor: nothing with weights
+    if not (folder / "config.json").is_file():  # nothing that has weights
         return
     if any(folder.glob("*.safetensors")):
         return
