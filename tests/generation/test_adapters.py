@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_families
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from tiny_families import FAMILIES
 
 from sgid_transforms.errors import GenerationError, ModelLoadError, RecipeError
@@ -97,6 +102,41 @@ def test_a_batch_equals_its_requests_one_by_one(family: str) -> None:
     for mixed, single in zip(together, alone, strict=True):
         assert int((mixed.int() - single.int()).abs().max()) <= 1
     assert not torch.equal(together[0], together[4])
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion-pag", "flux", "qwenimage", "kandinsky3", "if"])
+def test_equals_the_pipelines_own_call(family: str) -> None:
+    asked = request(1, strength=0.7, negative_prompt="blurry")
+    [ours] = images(build(family).run([asked]))
+    pipeline = FAMILIES[family]()
+    pipeline.set_progress_bar_config(disable=True)
+    own: dict[str, Any] = {"strength": 0.7, "num_inference_steps": 2, "negative_prompt": "blurry"}
+    own["true_cfg_scale" if family == "qwenimage" else "guidance_scale"] = 3.0
+    if family in ("flux", "qwenimage"):
+        own |= {"height": 32, "width": 32}
+    picture_in = Image.fromarray(asked.image.permute(1, 2, 0).numpy())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        output = pipeline(asked.prompt, image=picture_in, generator=generator, **own | TINY_OPTIONS.get(family, {})).images[0]
+    assert torch.equal(ours, torch.from_numpy(np.array(output)).permute(2, 0, 1))
+
+
+@cache
+def schedulers() -> list[Any]:
+    """Pipelines of which only the schedules are used."""
+    return [FAMILIES["stable-diffusion-pag"](), FAMILIES["flux"]()]
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.integers(1, 60), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_strengths_with_equal_keys_run_the_same_timesteps(steps: int, strength: float, other: float) -> None:
+    """Both of diffusers' roundings: `int(steps * strength)` of Stable Diffusion, `int(steps - steps * strength)` of FLUX."""
+    for pipeline in schedulers():
+        traits = call_traits(pipeline)
+        keys = {group_key(request(0, strength=s), (8, 8), traits, steps) for s in (strength, other)}
+        pipeline.scheduler.set_timesteps(steps)
+        runs = [pipeline.get_timesteps(steps, s, "cpu")[0].tolist() for s in (strength, other)]
+        assert len(keys) == 2 or runs[0] == runs[1]
 
 
 def test_strength_groups_by_the_steps_that_are_run() -> None:
@@ -191,8 +231,6 @@ def test_bad_requests_get_one_sentence_each(changes: dict[str, Any], message: st
 
 
 def test_nan_and_flagged_images_are_rejected() -> None:
-    import numpy as np
-
     adapter = build("stable-diffusion-pag")
     broken = np.full((3, 32, 32, 3), 0.5, dtype=np.float32)
     broken[0, 4, 4, 1] = np.nan

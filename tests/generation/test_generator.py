@@ -201,6 +201,21 @@ def test_filters_with_clip_from_a_recipe(checkpoints: dict[str, str]) -> None:
         Generator.from_recipe(recipe(checkpoints["native"], filters=filters), labels=labels, clip="no/clip")
 
 
+def test_the_bundled_models(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a new user has: no download, no remarks, pictures of the right size, and scores from the bundled CLIP."""
+    filters = Filters(label_check="threshold", label_threshold=0.0, min_image_similarity=-1.0)
+    generator = Generator.from_recipe(Recipe(filters=filters), labels=["cat", "dog"])
+    asked = [tiny_models.request(i, prompt="a photo of a cat", label="cat", strength=0.5) for i in range(2)]
+    for result in generator([*asked, tiny_models.request(2, image=tiny_models.image(2, 40, 24), label="dog", strength=0.5)]):
+        assert result.ok
+        assert result.label_score is not None
+        assert result.image_similarity is not None
+    assert result.image is not None
+    assert result.image.shape == (3, 40, 24)
+    assert generator.max_tokens == 32
+    assert capfd.readouterr() == ("", "")
+
+
 def test_compiled_and_padded(checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     from sgid_transforms.generation import generator as module
 

@@ -26,7 +26,7 @@ class AttentionReport:
     Args:
         device: the device that was looked at.
         effective: ``"sdpa"`` or ``"xformers"``: what the pipeline's processors use; ``"sdpa"`` without a pipeline.
-        sdpa_backends: SDPA's backends that are switched on and can be used there, best first.
+        sdpa_backends: SDPA's backends that are switched on there; which one a call takes depends on its shapes.
         xformers: ``None`` if a real kernel ran, else the reason why it cannot be used.
         processors: how many attention layers of the pipeline use which processor class.
     """
