@@ -7,6 +7,7 @@ from report_fakes import ColourScorer, make_stores, near, plain
 from sgid_transforms.captions import CaptionRecord
 from sgid_transforms.keys import image_key
 from sgid_transforms.report import survey
+from sgid_transforms.report.metrics import cmmd
 from sgid_transforms.variants.provenance import Provenance
 
 
@@ -121,11 +122,14 @@ def test_a_damaged_variant_is_left_out(tmp_path):
     assert survey(captions, variants, recipe).overall.variants == 2
 
 
-def test_cmmd_is_given_with_its_floor_once_there_are_enough_originals(tmp_path):
+def test_cmmd_compares_unlike_originals_and_is_given_with_its_floor_once_there_are_enough(tmp_path):
     captions, variants, recipe = make_stores(tmp_path, per_class=6)
-    facts = survey(captions, variants, recipe, originals=tmp_path / "data", scorer=ColourScorer())
-    assert facts.cmmd_floor is not None
-    assert facts.cmmd >= 0
+    scorer = ColourScorer()
+    facts = survey(captions, variants, recipe, originals=tmp_path / "data", scorer=scorer)
+    numbers = [(image.label, int(image.name.split("/")[1].removesuffix(".png"))) for image in facts.images]
+    original, first = (scorer.image_features([near(*number, strength) for number in numbers]) for strength in (0.0, 0.1))
+    assert facts.cmmd == pytest.approx(cmmd(original[:9], first[9:]), rel=1e-3)
+    assert facts.cmmd_floor == pytest.approx(cmmd(original[:9], original[9:]), rel=1e-3)
     few = survey(captions, variants, recipe, originals=tmp_path / "data", scorer=ColourScorer(), max_originals=15)
     assert (few.cmmd, few.cmmd_floor) == (None, None)
 
