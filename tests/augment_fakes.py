@@ -21,8 +21,8 @@ CLASSES = ["cat", "dog", "frog"]
 class FakeGenerator:
     """Shifts the colours of each image by an amount that its seed decides; notes the size of each batch in a file."""
 
-    def __init__(self, log: str | None, seconds: float, reject: bool, fail: bool) -> None:
-        self.log, self.seconds, self.reject, self.fail = log, seconds, reject, fail
+    def __init__(self, log: str | None, seconds: float, reject: bool, fail: bool, hold: str | None) -> None:
+        self.log, self.seconds, self.reject, self.fail, self.hold = log, seconds, reject, fail, hold
 
     def __call__(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         if self.log is not None:
@@ -30,6 +30,8 @@ class FakeGenerator:
                 file.write(f"{os.getpid()} {len(requests)} {requests[0].image.device.type}\n")
         if self.fail:
             raise ValueError("the generator is broken")
+        while self.hold is not None and not os.path.exists(self.hold):
+            time.sleep(0.01)
         time.sleep(self.seconds * len(requests))
         return [self._one(request) for request in requests]
 
@@ -41,14 +43,23 @@ class FakeGenerator:
 
 
 def _make(recipe: Recipe, device: str, **options: Any) -> FakeGenerator:
-    return FakeGenerator(options["log"], options["seconds"], options["reject"], options["fail"])
+    return FakeGenerator(**options)
 
 
 def fake_generator(
-    log: Any = None, *, seconds: float = 0.0, reject: bool = False, fail: bool = False
+    log: Any = None, *, seconds: float = 0.0, reject: bool = False, fail: bool = False, hold: Any = None
 ) -> "partial[FakeGenerator]":
-    """A factory as ``SGIDAugment(generator=...)`` takes it."""
-    return partial(_make, log=None if log is None else str(log), seconds=seconds, reject=reject, fail=fail)
+    """A factory as ``SGIDAugment(generator=...)`` takes it.
+
+    Args:
+        log: file in which each batch is noted.
+        seconds: that one image takes.
+        reject: filter everything out.
+        fail: raise.
+        hold: file without which no batch ends.
+    """
+    paths = {"log": log and str(log), "hold": hold and str(hold)}
+    return partial(_make, seconds=seconds, reject=reject, fail=fail, **paths)
 
 
 class FakeCaptioner:
