@@ -156,7 +156,7 @@ def report(title: str, seconds: dict[str, float], count: int) -> dict[str, float
     """Print images per second and ratios; return them."""
     rates = {name: count / value for name, value in seconds.items()}
     ratios = {f"c/{name}": rates["c"] / rates[name] for name in rates if name != "c"}
-    print(f"\n{title}")
+    print(f"\n{title}", flush=True)
     labels = {"a": "diffusers, one per call", "b": "diffusers, batched", "c": "this engine", "d": "bare limit"}
     for name, rate in rates.items():
         ratio = "" if name == "c" else f"   c/{name} {ratios[f'c/{name}']:.2f}"
@@ -214,19 +214,13 @@ def main() -> None:
         run_diffusers(theirs, requests[: args.batch_size], settings, args.batch_size)
         run_engine(engine, requests[: args.batch_size])
         bare(ours, 2 * args.batch_size, args.batch_size, size, settings)()
-        before = replace(engine.stats)
+        before = engine.stats
         figures[title] = report(title, measure(ways, args.rounds, args.device), args.images)
-        done, calls = engine.stats.unet_rows - before.unet_rows, engine.stats.unet_calls - before.unet_calls
+        done = (engine.stats.unet_rows - before.unet_rows) // args.rounds
+        calls = (engine.stats.unet_calls - before.unet_calls) // args.rounds
         fill = done / (calls * 2 * args.batch_size)
-        print(
-            f"     UNet rows per round: {done // args.rounds} of {rows} needed, in {calls // args.rounds} calls, {fill:.0%} full"
-        )
-        figures[title] |= {
-            "rows": done // args.rounds,
-            "rows needed": rows,
-            "calls": calls // args.rounds,
-            "fill": round(fill, 3),
-        }
+        print(f"     UNet rows per round: {done}, {rows} are needed; {calls} calls, {fill:.0%} full")
+        figures[title] |= {"rows": done, "rows needed": rows, "calls": calls, "fill": round(fill, 3)}
     if args.json:
         args.json.write_text(json.dumps({"settings": vars(args) | {"json": str(args.json)}, "figures": figures}, indent=2))
 

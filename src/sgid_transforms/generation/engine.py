@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -19,20 +19,13 @@ from torch import Tensor
 from sgid_transforms.errors import ModelLoadError, RecipeError
 from sgid_transforms.generation import samplers
 from sgid_transforms.generation.batching import BatchLimit, longest_first, run_isolated
-from sgid_transforms.generation.conditioning import PromptEmbedding, PromptEncoder, guidance_embedding, time_ids
+from sgid_transforms.generation.conditioning import PromptEncoder
+from sgid_transforms.generation.denoising import Denoiser, Sample
 from sgid_transforms.generation.latents import LatentCache, LatentCodec
 from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, check_image
 from sgid_transforms.generation.schedule import Schedule, Step, Trajectory, resolve_sampler
 from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
-
-_PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
-)
+from sgid_transforms.generation.support import native_resolution, obstacle, place
 
 _IN_FLIGHT = 4  # batches of samples that are held at once: enough to keep batches full, small beside the model
 
@@ -71,33 +64,6 @@ class EngineStats:
     def fill(self) -> float:
         """Share of the room in the UNet's batches that was used, in [0, 1]."""
         return self.unet_rows / self.row_capacity if self.row_capacity else 0.0
-
-
-@dataclass(eq=False)
-class _Sample:
-    """One request on its way through the model."""
-
-    index: int
-    request: GenerationRequest
-    size: tuple[int, int]
-    trajectory: Trajectory
-    guided: tuple[bool, ...]  # at which steps the unconditional half is evaluated
-    generator: torch.Generator
-    prompt: PromptEmbedding | None = None
-    negative: PromptEmbedding | None = None
-    encoded: tuple[Tensor, ...] | None = None
-    latents: Tensor | None = None
-    previous_x0: Tensor | None = None
-    noise: Tensor | None = None
-    step: int = 0
-
-    @property
-    def remaining(self) -> int:
-        return len(self.trajectory) - self.step
-
-    @property
-    def rows(self) -> int:
-        return 1 + self.guided[self.step]
 
 
 class NativeEngine:
@@ -149,9 +115,9 @@ class NativeEngine:
         row_sizes: Sequence[int] | None = None,
         prompt_cache: int = 256,
     ) -> None:
-        obstacle = self.supports(pipeline)
-        if obstacle:
-            raise ModelLoadError(obstacle)
+        reason = obstacle(pipeline)
+        if reason:
+            raise ModelLoadError(reason)
         low, high = guidance_interval
         if not 0 <= low <= high <= 1:
             raise RecipeError(f"guidance_interval {guidance_interval} is no range within [0, 1]; use for example (0.2, 0.8)")
@@ -159,7 +125,7 @@ class NativeEngine:
             raise RecipeError(f"batch_size {batch_size} leaves no room for a sample; use at least 1")
         self.batch_size = batch_size
         self._pipeline = pipeline
-        _place(pipeline, device, dtype, channels_last)
+        place(pipeline, device, dtype, channels_last)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._schedule = Schedule(
             pipeline.scheduler.config,
@@ -172,40 +138,20 @@ class NativeEngine:
         config = pipeline.unet.config
         self._embeds_guidance = config.time_cond_proj_dim is not None
         self._multiple = int(pipeline.vae_scale_factor) * 2 ** (len(config.block_out_channels) - 1)
-        self._resolution = resolution if resolution is not None else _native_resolution(config, pipeline.vae_scale_factor)
+        self._resolution = resolution if resolution is not None else native_resolution(config, pipeline.vae_scale_factor)
         check_resolution(self._resolution, self._multiple)
         self._prompts = PromptEncoder(pipeline, prompt_cache)
         self._codec = LatentCodec(pipeline.vae, channels_last=channels_last)
         self._cache = LatentCache(latent_cache, pipeline.vae) if latent_cache is not None else None
-        self._row_sizes = sorted(row_sizes) if row_sizes else []
         self._unet_limit = BatchLimit(2 * batch_size)
         self._encode_limit, self._decode_limit, self._text_limit = (BatchLimit(batch_size) for _ in range(3))
+        self._denoiser = Denoiser(pipeline, self._schedule, self._unet_limit, self._format, row_sizes or ())
         self._stats = EngineStats()
 
     @staticmethod
     def supports(pipeline: Any) -> str | None:
         """``None`` if this engine can run the pipeline, else one sentence that says what stands in the way."""
-        name = type(pipeline).__name__
-        way_out = "run it through the pipeline adapter"
-        # Other classes may have the same modules and do more with them (PAG, LEdits++), which would be lost here.
-        if not any(base.__name__ in _PIPELINES for base in type(pipeline).__mro__):
-            return f"{name} is not one of {', '.join(_PIPELINES)}; {way_out}"
-        vae = type(pipeline.vae).__name__
-        if vae not in ("AutoencoderKL", "AutoencoderTiny"):
-            return f"{name} has a VAE of class {vae}, neither AutoencoderKL nor AutoencoderTiny; {way_out}"
-        config = pipeline.unet.config
-        if config.in_channels != config.out_channels:
-            return f"{name} has a UNet of {config.in_channels} input channels, which reads more than noisy latents; {way_out}"
-        if config.addition_embed_type not in (None, "text_time") or config.class_embed_type or config.num_class_embeds:
-            return f"{name} has a UNet that is conditioned on more than text and size; {way_out}"
-        if config.encoder_hid_dim_type is not None:
-            return f"{name} has a UNet that projects image or text features ({config.encoder_hid_dim_type}); {way_out}"
-        schedule, kind = pipeline.scheduler.config, type(pipeline.scheduler).__name__
-        if not hasattr(pipeline.scheduler, "alphas_cumprod") or schedule.get("thresholding", False):
-            return f"{name} has a {kind}, for which no native sampler can stand; {way_out}"
-        if schedule.get("prediction_type", "epsilon") not in samplers.PREDICTION_TYPES:
-            return f"{name} predicts {schedule['prediction_type']!r}, which the native samplers do not know; {way_out}"
-        return None
+        return obstacle(pipeline)
 
     @property
     def sampler(self) -> str:
@@ -224,13 +170,16 @@ class NativeEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Work done so far; a live object."""
+        """Work done so far."""
         limits = (self._unet_limit, self._encode_limit, self._decode_limit, self._text_limit)
+        steps = self._denoiser
+        self._stats.unet_calls, self._stats.row_capacity = steps.calls, steps.capacity
+        self._stats.unet_rows, self._stats.padded_rows = steps.rows, steps.padded_rows
         self._stats.vae_encoded, self._stats.vae_decoded = self._codec.encoded, self._codec.decoded
         self._stats.cached_latents = self._cache.hits if self._cache else 0
         self._stats.prompts_encoded = self._prompts.encoded
         self._stats.memory_halvings = sum(limit.halvings for limit in limits)
-        return self._stats
+        return replace(self._stats)
 
     def forget_prompts(self) -> None:
         """Drop the encoded texts: needed after the text encoder's weights change (a LoRA, for example)."""
@@ -248,7 +197,7 @@ class NativeEngine:
     def run(self, requests: Sequence[GenerationRequest]) -> list[Tensor | Exception]:
         """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it met."""
         results: dict[int, Tensor | Exception] = {}
-        buckets: dict[tuple[int, int], deque[_Sample]] = {}
+        buckets: dict[tuple[int, int], deque[Sample]] = {}
         for index, request in enumerate(requests):
             try:
                 sample = self._accept(index, request)
@@ -256,7 +205,7 @@ class NativeEngine:
                 results[index] = error
             else:
                 buckets.setdefault(sample.size, deque()).append(sample)
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self._denoiser.device.type, enabled=False):
             for waiting in buckets.values():
                 self._run_bucket(waiting, results)
         answers = [results[index] for index in range(len(requests))]
@@ -265,17 +214,13 @@ class NativeEngine:
         self._stats.images += len(answers) - failures
         return answers
 
-    @property
-    def _device(self) -> torch.device:
-        return torch.device(self._pipeline._execution_device)
-
-    def _accept(self, index: int, request: GenerationRequest) -> _Sample:
+    def _accept(self, index: int, request: GenerationRequest) -> Sample:
         check_image(request.image)
         trajectory = self._schedule.trajectory(request.strength)
         height, width = request.image.shape[-2:]
         size = working_size(height, width, self._resolution, self._multiple)
         generator = torch.Generator().manual_seed(request.seed)
-        return _Sample(index, request, size, trajectory, self._guided_steps(request, trajectory), generator)
+        return Sample(index, request, size, trajectory, self._guided_steps(request, trajectory), generator)
 
     def _guided_steps(self, request: GenerationRequest, trajectory: Trajectory) -> tuple[bool, ...]:
         if request.guidance_scale <= 1 or self._embeds_guidance:
@@ -283,10 +228,10 @@ class NativeEngine:
         low, high = self._interval
         return tuple(low <= level <= high for level in trajectory.levels)
 
-    def _run_bucket(self, waiting: deque[_Sample], results: dict[int, Tensor | Exception]) -> None:
+    def _run_bucket(self, waiting: deque[Sample], results: dict[int, Tensor | Exception]) -> None:
         """Run samples of one working size to their ends, filling ``results``."""
-        pool: list[_Sample] = []
-        finished: list[_Sample] = []
+        pool: list[Sample] = []
+        finished: list[Sample] = []
         while waiting or pool or finished:
             while waiting and len(pool) <= (_IN_FLIGHT - 1) * self.batch_size:
                 group = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
@@ -294,7 +239,7 @@ class NativeEngine:
             if pool:
                 chosen = longest_first([s.remaining for s in pool], [s.rows for s in pool], self._unet_limit.value)
                 active = [pool[i] for i in chosen]
-                outcomes = run_isolated(self._denoise, active, self._unet_limit, cost=lambda s: s.rows)
+                outcomes = run_isolated(self._denoiser.step, active, self._unet_limit, cost=lambda s: s.rows)
                 failed = set()
                 for sample, outcome in zip(active, outcomes, strict=True):
                     if isinstance(outcome, Exception):
@@ -311,10 +256,10 @@ class NativeEngine:
                 for sample, image in zip(group, run_isolated(self._decode, group, self._decode_limit), strict=True):
                     results[sample.index] = image
 
-    def _start(self, group: list[_Sample], results: dict[int, Tensor | Exception]) -> list[_Sample]:
+    def _start(self, group: list[Sample], results: dict[int, Tensor | Exception]) -> list[Sample]:
         """Embed prompts, encode images and add noise; what fails goes to ``results``, the rest comes back."""
 
-        def keep(samples: list[_Sample], outcomes: Sequence[Any], store: Callable[[_Sample, Any], None]) -> list[_Sample]:
+        def keep(samples: list[Sample], outcomes: Sequence[Any], store: Callable[[Sample, Any], None]) -> list[Sample]:
             kept = []
             for sample, outcome in zip(samples, outcomes, strict=True):
                 if isinstance(outcome, Exception):
@@ -334,8 +279,8 @@ class NativeEngine:
         group = keep(group, run_isolated(self._encode, group, self._encode_limit), lambda s, e: setattr(s, "encoded", e))
         return keep(group, run_isolated(self._noised, group, self._encode_limit), lambda s, e: setattr(s, "latents", e))
 
-    def _encode(self, group: list[_Sample]) -> list[tuple[Tensor, ...]]:
-        device = self._device
+    def _encode(self, group: list[Sample]) -> list[tuple[Tensor, ...]]:
+        device = self._denoiser.device
         keys = [self._cache.key(s.request.image, s.size) for s in group] if self._cache else []
         found = {i: hit for i, key in enumerate(keys) if self._cache and (hit := self._cache.get(key, device)) is not None}
         missing = [i for i in range(len(group)) if i not in found]
@@ -348,95 +293,21 @@ class NativeEngine:
                     self._cache.put(keys[i], encoded)
         return [found[i] for i in range(len(group))]
 
-    def _noised(self, group: list[_Sample]) -> list[Tensor]:
+    def _noised(self, group: list[Sample]) -> list[Tensor]:
         clean, noise = [], []
         for sample in group:
             assert sample.encoded is not None
             sample.generator.manual_seed(sample.request.seed)  # a batch that failed may have drawn already
             clean.append(self._codec.draw(sample.encoded, sample.generator))
             noise.append(torch.randn(clean[-1].shape, generator=sample.generator))
-        step = Step.of([s.trajectory.table[0] for s in group], self._device)
-        noises = torch.stack(noise).to(self._device, non_blocking=True)
+        step = Step.of([s.trajectory.table[0] for s in group], self._denoiser.device)
+        noises = torch.stack(noise).to(self._denoiser.device, non_blocking=True)
         noised = samplers.add_noise(torch.stack(clean), noises, step.alpha, step.sigma)
         for sample in group:
             sample.encoded = None
         return list(noised)
 
-    def _denoise(self, active: list[_Sample]) -> list[tuple[Tensor, Tensor]]:
-        """One step for each sample: its new latents and its estimate of the clean ones."""
-        schedule = self._schedule
-        step = Step.of([s.trajectory.table[s.step] for s in active], self._device)
-        x = torch.stack([s.latents for s in active if s.latents is not None])
-        output = self._predict(active, x, step.timestep)
-        x0 = samplers.predict_x0(schedule.prediction_type, output, x, step.alpha, step.sigma)
-        if schedule.clip is not None:
-            x0 = x0.clamp(-schedule.clip, schedule.clip)
-        if schedule.sampler == "ddim":
-            noise = samplers.predict_noise(schedule.prediction_type, output, x, step.alpha, step.sigma)
-            x = samplers.ddim_step(x0, noise, step.next_alpha, step.next_sigma)
-        elif schedule.sampler == "euler":
-            x = samplers.euler_step(x, x0, step.alpha, step.sigma, step.next_alpha, step.next_sigma)
-        elif schedule.sampler == "dpmsolver++":
-            previous = torch.stack([x0[i] if s.previous_x0 is None else s.previous_x0 for i, s in enumerate(active)])
-            x = samplers.dpmpp_2m_step(
-                x, x0, previous, step.alpha, step.sigma, step.next_alpha, step.next_sigma, step.extrapolation
-            )
-        else:
-            x = samplers.lcm_step(x, x0, self._step_noise(active), step.c_skip, step.c_out, step.next_alpha, step.next_sigma)
-        return list(zip(x.unbind(), x0.unbind(), strict=True))
-
-    def _predict(self, active: list[_Sample], x: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet's output for each sample, guided where the sample is guided at its step; float32."""
-        guided = [i for i, s in enumerate(active) if s.guided[s.step]]
-        order = torch.tensor([*range(len(active)), *guided], device=x.device)
-        embeddings = [s.prompt for s in active] + [active[i].negative for i in guided]
-        negative = [False] * len(active) + [True] * len(guided)
-        rows = len(embeddings)
-        capacity = next((size for size in self._row_sizes if size >= rows), rows)
-        if capacity > rows:  # repeat the first sample: any row that runs will do
-            order = torch.cat([order, order.new_zeros(capacity - rows)])
-            embeddings += [embeddings[0]] * (capacity - rows)
-            negative += [False] * (capacity - rows)
-        unet = self._pipeline.unet
-        kwargs: dict[str, Any] = {}
-        if self._embeds_guidance:
-            scales = torch.tensor([s.request.guidance_scale for s in active], device=x.device)
-            kwargs["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim).to(unet.dtype)[order]
-        if unet.config.addition_embed_type == "text_time":
-            aesthetic = bool(self._pipeline.config.get("requires_aesthetics_score", False))
-            ids = [time_ids(active[0].size, aesthetic=aesthetic, negative=n) for n in negative]
-            kwargs["added_cond_kwargs"] = {
-                "text_embeds": torch.stack([e.pooled for e in embeddings if e is not None and e.pooled is not None]),
-                "time_ids": torch.tensor(ids, device=x.device, dtype=unet.dtype),
-            }
-        output: Tensor = unet(
-            x.to(unet.dtype)[order].contiguous(memory_format=self._format),
-            timestep[order],
-            encoder_hidden_states=torch.stack([e.sequence for e in embeddings if e is not None]),
-            return_dict=False,
-            **kwargs,
-        )[0].float()
-        self._stats.unet_calls += 1
-        self._stats.unet_rows += rows
-        self._stats.padded_rows += capacity - rows
-        self._stats.row_capacity += max(self._unet_limit.value, rows)
-        if not guided:
-            return output[: len(active)]
-        conditional, unconditional = output[: len(active)], output[len(active) : rows]
-        index = order[len(active) : rows]
-        scale = torch.tensor([active[i].request.guidance_scale for i in guided], device=x.device).view(-1, 1, 1, 1)
-        return conditional.index_copy(0, index, samplers.guide(conditional[index], unconditional, scale))
-
-    def _step_noise(self, active: list[_Sample]) -> Tensor:
-        """Fresh noise for each sample that has further steps, from its own generator; drawn once, also when a call repeats."""
-        for sample in active:
-            if sample.noise is None:
-                shape = sample.latents.shape if sample.latents is not None else ()
-                last = sample.remaining == 1
-                sample.noise = torch.zeros(shape) if last else torch.randn(shape, generator=sample.generator)
-        return torch.stack([s.noise for s in active if s.noise is not None]).to(self._device, non_blocking=True)
-
-    def _decode(self, group: list[_Sample]) -> list[Tensor | Exception]:
+    def _decode(self, group: list[Sample]) -> list[Tensor | Exception]:
         images = self._codec.decode(torch.stack([s.latents for s in group if s.latents is not None]))
         finite = images.isfinite().flatten(1).all(1).tolist()
         images = images.nan_to_num().clamp(0, 1)
@@ -454,33 +325,5 @@ class NativeEngine:
         ]
 
 
-def _place(pipeline: Any, device: str | torch.device | None, dtype: torch.dtype | None, channels_last: bool) -> None:
-    """Move a pipeline's modules, each to the dtype that it can run in."""
-    if device is not None:
-        pipeline.to(device)
-    unet, vae = pipeline.unet, pipeline.vae
-    if dtype is not None and unet.dtype != dtype:
-        torch.nn.Module.to(unet, dtype)  # the model's own .to() prints a warning
-    overflows = vae.config.get("force_upcast", False) and unet.dtype == torch.float16
-    vae_dtype = torch.float32 if overflows else dtype
-    if vae_dtype is not None and vae.dtype != vae_dtype:
-        torch.nn.Module.to(vae, vae_dtype)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    torch.nn.Module.to(unet, memory_format=layout)
-    torch.nn.Module.to(vae, memory_format=layout)
-    unet.eval()
-    vae.eval()
-
-
-def _native_resolution(unet_config: Any, vae_scale_factor: int) -> int | tuple[int, int]:
-    size = unet_config.sample_size
-    if size is None:
-        raise RecipeError("the UNet's config names no sample_size, so the model's own resolution is unknown; set resolution")
-    if isinstance(size, (tuple, list)):
-        height, width = size
-        return int(height) * vae_scale_factor, int(width) * vae_scale_factor
-    return int(size) * vae_scale_factor
-
-
-def _name(sample: _Sample) -> str:
+def _name(sample: Sample) -> str:
     return repr(sample.request.id) if sample.request.id else f"number {sample.index}"
