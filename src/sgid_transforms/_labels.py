@@ -36,12 +36,12 @@ def label_name(label: Any, class_names: Sequence[str] | Mapping[str, str] | None
     mapping = class_names if isinstance(class_names, Mapping) else None
     if isinstance(label, str):
         return clean_label(label, mapping)
-    if isinstance(label, numbers.Integral) and class_names is not None:
-        if mapping is not None:
-            return mapping.get(str(int(label)))
-        if 0 <= label < len(class_names):
-            return clean_label(class_names[int(label)])  # type: ignore[index]
-    return None
+    if not isinstance(label, numbers.Integral) or class_names is None:
+        return None
+    number = int(label)
+    if isinstance(class_names, Mapping):
+        return class_names.get(str(number))
+    return clean_label(class_names[number]) if 0 <= number < len(class_names) else None
 
 
 def _locate(sample: Any) -> Any:

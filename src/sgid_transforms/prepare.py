@@ -184,9 +184,7 @@ def _name_of(sample: RawSample, class_names: Mapping[str, str] | Sequence[str] |
         raw = sample.classes[sample.label] if isinstance(sample.label, int) and sample.label < len(sample.classes) else None
         name = label_name(raw, class_names if isinstance(class_names, Mapping) else None)
     if name is None and sample.label is not None and needed:
-        raise ValueError(
-            f"class {sample.label!r} has no name; pass class_names=[...] in the order of the class numbers"
-        )
+        raise ValueError(f"class {sample.label!r} has no name; pass class_names=[...] in the order of the class numbers")
     return name
 
 

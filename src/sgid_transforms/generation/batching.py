@@ -88,9 +88,9 @@ def run_isolated(
             else:
                 pending += [group[len(group) // 2 :], group[: len(group) // 2]]
         elif memory:
-            error = GenerationError(f"out of memory at a batch of one ({failure}); lower the resolution or use a smaller dtype")
-            error.__cause__ = failure
-            results[group[0]] = error
+            alone = GenerationError(f"out of memory at a batch of one ({failure}); lower the resolution or use a smaller dtype")
+            alone.__cause__ = failure
+            results[group[0]] = alone
         else:
             results[group[0]] = failure
     return [results[i] for i in range(len(items))]
@@ -108,7 +108,8 @@ def longest_first(remaining: Sequence[int], costs: Sequence[int], limit: int) ->
         limit: rows in a batch; one sample is always chosen.
     """
     order = sorted(range(len(remaining)), key=lambda i: -remaining[i])
-    chosen, used = [], 0
+    chosen: list[int] = []
+    used = 0
     for i in order:
         if used + costs[i] <= limit or not chosen:
             chosen.append(i)

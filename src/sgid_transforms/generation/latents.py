@@ -94,7 +94,7 @@ class LatentCache:
         """Digest of an image, uint8 ``(3, H, W)``, at a working size under this encoder."""
         digest = hashlib.sha256(self._model)
         digest.update(repr((tuple(image.shape), size)).encode())
-        digest.update(image.detach().cpu().contiguous().numpy())
+        digest.update(image.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def get(self, key: str, device: torch.device | str) -> tuple[Tensor, ...] | None:

@@ -165,7 +165,8 @@ class VariantMaker:
         )
 
     def _finish(self, job: VariantJob, request: GenerationRequest, result: GenerationResult) -> VariantOutcome:
-        if result.image is None:
+        made = result.image
+        if made is None:
             reason = result.reason or "no image"
             if reason.startswith("error"):  # an accident, to be tried again; a rejection would only repeat itself
                 self._count("failed", 1)
@@ -175,15 +176,15 @@ class VariantMaker:
             return VariantOutcome(reason=reason)
         self._count("generated", 1)
         stored = self._write(
-            lambda: self.variants.put(self.recipe, job.key, job.variant, result.image, self._provenance(job, request, result))
+            lambda: self.variants.put(self.recipe, job.key, job.variant, made, self._provenance(job, request, result))
         )
-        _, height, width = result.image.shape
+        _, height, width = made.shape
         lossless = resolve_format(self.recipe.image_format, height, width) in ("png", "webp-lossless")
         if stored is None or (stored and lossless):
-            return VariantOutcome(result.image)
+            return VariantOutcome(made)
         # Another writer was first, or the file's format is lossy: every epoch shall see the same pixels, this one too.
         image = self.variants.get_image(self.recipe, job.key, job.variant)
-        return VariantOutcome(result.image if image is None else image.to(result.image.device))
+        return VariantOutcome(made if image is None else image.to(made.device))
 
     def _write(self, write: Callable[[], bool]) -> bool | None:
         """Call ``write``; a store that cannot be written costs the reuse of variants, not the training."""
@@ -263,7 +264,7 @@ class VariantHandler:
 
 
 def _to_bytes(image: torch.Tensor) -> memoryview:
-    return memoryview(image.detach().cpu().contiguous().numpy()).cast("B")
+    return image.detach().cpu().contiguous().numpy().data.cast("B")
 
 
 def _from_bytes(payload: Any, size: Sequence[int]) -> torch.Tensor:
