@@ -43,7 +43,7 @@ class Captioner:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        from sgid_transforms.generation._quiet import quiet_loading
+        from sgid_transforms.generation._quiet import first_sentence, quiet_loading
 
         source = str(_TINY) if path == "tiny" else str(path)
         try:
@@ -53,7 +53,7 @@ class Captioner:
                     source, use_safetensors=True, trust_remote_code=False, dtype=dtype or torch.float32
                 )
         except (OSError, ValueError, ImportError) as error:
-            raise ModelLoadError(f"the captioner {path!r} cannot be loaded: {error}") from error
+            raise ModelLoadError(f"the captioner {path!r} cannot be loaded: {first_sentence(error)}") from error
         self._model = model.eval().to(device)
         self._device, self._dtype = torch.device(device), dtype or torch.float32
         # A decoder has no positions beyond its last: the bundled one ends at 24, with the start token among them.
