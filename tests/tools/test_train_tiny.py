@@ -77,9 +77,10 @@ def test_the_learning_rate_can_be_prolonged_before_it_decays():
 
 
 def stage(module, work, steps):
-    from common import Stage
+    from common import Combined, Stage
 
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    # As in the CLIP and captioner stages: Muon for matrices, AdamW for the rest.
+    optimizer = Combined(torch.optim.Muon([module.weight], 1e-2), torch.optim.AdamW([module.bias], 1e-2))
 
     def loss(step, generator):
         x = torch.randn(8, 4, generator=generator)
@@ -125,6 +126,20 @@ def test_a_resumed_stage_ends_where_an_uninterrupted_one_does(tmp_path):
     stage(nn.Linear(4, 4), tmp_path / "b", 120)
     for key, value in averaged(tmp_path / "a", "toy")["m"].items():
         torch.testing.assert_close(averaged(tmp_path / "b", "toy")["m"][key], value, rtol=0, atol=0)
+
+
+def test_logs_become_one_picture_in_which_a_repeated_step_counts_once(tmp_path, monkeypatch):
+    import plot
+
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--work", str(tmp_path), "--out", str(tmp_path / "out.png")])
+    with pytest.raises(SystemExit, match="no training log"):
+        plot.main()
+    rows = [{"step": 100, "loss": 2.0}, {"step": 200, "loss": 1.5}, {"step": 200, "loss": 1.0, "zero_shot": 0.5}]
+    (tmp_path / "clip.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert [row["loss"] for row in plot.rows_of(tmp_path / "clip.jsonl")] == [2.0, 1.0]
+    plot.main()
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.width > 300
 
 
 def test_a_stage_without_its_predecessor_says_which_one_to_run(tmp_path):

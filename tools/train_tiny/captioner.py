@@ -14,7 +14,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
 import clip as clip_stage
 from clip import normalize
-from common import Stage, averaged, flip_some, parser, shift_some
+from common import Combined, Stage, averaged, flip_some, parser, shift_some
 from data import CLASSES, load_split
 from words import COLOURS, caption, describe
 
@@ -77,7 +77,7 @@ def start_from_clip(vision: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def main() -> None:
-    p = parser(__doc__.splitlines()[0], steps=1500, batch_size=64, lr=1e-3, decay=0.7)
+    p = parser(__doc__.splitlines()[0], steps=1000, batch_size=64, lr=1e-3, decay=0.7)
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -107,10 +107,27 @@ def main() -> None:
         )
         return out.loss, {}
 
-    vision = list(model.vision_model.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": vision, "lr": args.lr / 2}, {"params": list(model.text_decoder.parameters())}], args.lr, weight_decay=0.02
-    )
+    def is_hidden(name: str, p: nn.Parameter) -> bool:
+        return p.ndim == 2 and ".layer" in name
+
+    vision, decoder = list(model.vision_model.named_parameters()), list(model.text_decoder.named_parameters())
+    # The vision tower knows much already: it moves at half the pace.
+    optimizer = Combined(
+        torch.optim.Muon(
+            [
+                {"params": [p for n, p in vision if is_hidden(n, p)], "lr": args.lr / 2},
+                {"params": [p for n, p in decoder if is_hidden(n, p)]},
+            ],
+            args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            [
+                {"params": [p for n, p in vision if not is_hidden(n, p)], "lr": args.lr / 2},
+                {"params": [p for n, p in decoder if not is_hidden(n, p)]},
+            ],
+            args.lr, weight_decay=0.0,
+        ),
+    )  # fmt: skip
     Stage("captioner", {"captioner": model}, loss, optimizer, ema_decay=0.997).run(args)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from common import Stage, flip_some, parser, shift_some
+from common import Combined, Stage, flip_some, parser, shift_some
 from data import CLASSES, load_split
 from tokenizer import MAX_LENGTH, load
 from unet import text_config
@@ -79,7 +79,7 @@ def init_as_convolution(vision: nn.Module, generator: torch.Generator) -> None:
 
 
 def main() -> None:
-    p = parser(__doc__.splitlines()[0], steps=5000, batch_size=96, lr=1.5e-3, decay=0.7)
+    p = parser(__doc__.splitlines()[0], steps=2600, batch_size=96, lr=2e-3, decay=0.7)
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -133,9 +133,14 @@ def main() -> None:
         ]
         return {"zero_shot": torch.cat(right).float().mean().item()}
 
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], args.lr)
+    # Muon turns the hidden matrices evenly in all directions, which takes a transformer further in few epochs than AdamW
+    # does (Jordan et al. 2024, kellerjordan.github.io/posts/muon); embeddings, norms and projections stay with AdamW.
+    hidden = [p for n, p in model.named_parameters() if ".encoder.layers." in n and p.ndim == 2]
+    rest = [p for n, p in model.named_parameters() if not (".encoder.layers." in n and p.ndim == 2)]
+    optimizer = Combined(
+        torch.optim.Muon(hidden, args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, args.lr, weight_decay=0.0),
+    )
     Stage("clip", {"clip": model}, loss, optimizer, ema_decay=0.998, evaluate=evaluate, evaluate_every=500).run(args)
 
 

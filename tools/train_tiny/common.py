@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,6 +42,32 @@ def lr_factor(step: int, steps: int, decay: float, warmup: int = 100) -> float:
     return min(1.0, (step + 1) / warmup, max(0.0, rest))
 
 
+class Combined:
+    """Several optimizers over disjoint parameters, used as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+
+
 class EMA:
     """Exponential moving average of parameters and buffers of ``modules``."""
 
@@ -68,7 +95,7 @@ class Stage:
     name: str
     modules: dict[str, nn.Module]
     loss: Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Combined
     ema_decay: float = 0.998
     clip: float = 1.0
     evaluate: Callable[[], dict[str, float]] | None = None
