@@ -31,6 +31,7 @@ BASE = Recipe(
     resolution=512,
     sampler="ddim",
     guidance_interval=(0.1, 0.9),
+    exact_strength=False,
     seed=7,
     filters=Filters("argmax", 0.5, 0.2, 0.99, True, 2),
     image_format="png",
@@ -50,6 +51,7 @@ OTHER: dict[type, dict[str, Any]] = {
         "resolution": (512, 512),
         "sampler": "euler",
         "guidance_interval": (0.1, 1.0),
+        "exact_strength": True,
         "seed": 8,
         "filters": Filters(),
         "image_format": "webp",
@@ -174,6 +176,11 @@ class TestValidation:
             ({"sampler": "dpmsolver"}, r"sampler 'dpmsolver' is unknown \(did you mean 'dpmsolver\+\+'\?\)"),
             ({"guidance_interval": (0.5, 0.5)}, "guidance_interval .* is empty"),
             ({"guidance_interval": 0.5}, "must be a pair"),
+            ({"exact_strength": 1}, "exact_strength is 1; it must be true or false"),
+            (
+                {"exact_strength": True, "sampler": "lcm"},
+                "exact_strength has no meaning for sampler 'lcm', .*; set it to false",
+            ),
             ({"seed": -1}, "seed -1 is outside"),
             ({"seed": 2**63}, "seed 9223372036854775808 is outside"),
             ({"filters": None}, "must be a Filters object"),
@@ -205,27 +212,30 @@ class TestValidation:
 
     def test_no_step_at_all_is_refused_with_the_way_out(self) -> None:
         with pytest.raises(RecipeError) as caught:
-            Recipe(strength=0.1, num_inference_steps=4)
+            BASE.replace(strength=0.1, num_inference_steps=4)
         assert str(caught.value) == (
             "strength 0.1 with 4 steps runs int(0.4) = 0 steps; raise num_inference_steps to at least 10"
         )
         with pytest.raises(RecipeError, match=r"int\(0.4\) = 0"):  # the low end of a range counts
-            Recipe(strength=(0.1, 0.9), num_inference_steps=4)
+            BASE.replace(strength=(0.1, 0.9), num_inference_steps=4)
 
     @given(st.floats(0.001, 1.0))
     def test_the_number_of_steps_in_the_message_is_the_smallest_that_works(self, strength: float) -> None:
         try:
-            Recipe(strength=strength, num_inference_steps=1, sampler="ddim")
+            BASE.replace(strength=strength, num_inference_steps=1)
             needed = 1
         except RecipeError as error:
             needed = int(str(error).rpartition(" ")[2])
             with pytest.raises(RecipeError):
-                Recipe(strength=strength, num_inference_steps=needed - 1, sampler="ddim")
+                BASE.replace(strength=strength, num_inference_steps=needed - 1)
         assert int(needed * strength) == 1
-        Recipe(strength=strength, num_inference_steps=needed, sampler="ddim")
+        BASE.replace(strength=strength, num_inference_steps=needed)
 
     def test_latent_consistency_models_run_all_steps_at_any_strength(self) -> None:
         assert Recipe(strength=0.1, num_inference_steps=4, sampler="lcm").num_inference_steps == 4
+
+    def test_an_exact_strength_always_runs_a_step(self) -> None:
+        assert BASE.replace(strength=0.01, num_inference_steps=4, exact_strength=True).strength == 0.01
 
     def test_errors_are_value_errors_of_this_package(self) -> None:
         with pytest.raises(ValueError) as caught:
@@ -239,6 +249,27 @@ class TestValidation:
     def test_replace_names_the_nearest_field(self) -> None:
         with pytest.raises(RecipeError, match=r"no field 'strenght' \(did you mean 'strength'\?\)"):
             BASE.replace(strenght=0.5)
+
+
+class TestExactStrength:
+    """Left out, it is the bundled model's own setting, and off for every other model."""
+
+    @pytest.mark.parametrize("tiny", [True, False])
+    def test_left_out(self, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(presets.TINY, "exact_strength", tiny)  # type: ignore[misc]
+        assert Recipe().exact_strength is tiny
+        assert Recipe(model="tiny", num_inference_steps=20).exact_strength is tiny
+        assert Recipe(sampler="lcm").exact_strength is False
+        assert Recipe(model="org/model").exact_strength is False
+        assert Recipe.for_model("org/model").exact_strength is False
+        assert Recipe() == Recipe.preset("tiny") == Recipe.for_model("tiny")
+        assert Recipe.preset("fine_grained").strength == presets.STRENGTH_RANGES["fine_grained"]
+        other = Recipe.preset("tiny", exact_strength=not tiny, num_inference_steps=20)
+        assert other.exact_strength is not tiny
+        assert other.fingerprint != other.replace(exact_strength=tiny).fingerprint
+
+    def test_on_has_a_frozen_fingerprint_too(self) -> None:
+        assert BASE.replace(exact_strength=True).fingerprint == "010d5fa270c886e69206b745"
 
 
 class TestPresets:

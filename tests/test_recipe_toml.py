@@ -48,6 +48,7 @@ RECIPES = st.builds(
     resolution=st.none() | st.integers(8, 8192) | st.tuples(st.integers(8, 8192), st.integers(8, 8192)),
     sampler=st.sampled_from(SAMPLERS),
     guidance_interval=_ordered(UNIT, strict=True),
+    exact_strength=st.none() | st.just(False),
     seed=st.integers(0, 2**63 - 1),
     filters=FILTERS,
     image_format=st.sampled_from(IMAGE_FORMATS),
@@ -86,6 +87,10 @@ def test_is_readable(tmp_path: pathlib.Path) -> None:
     at = lines.index("[guidance]")
     assert lines[at - 1 : at + 4] == ["", "[guidance]", "low = 3.0", "high = 8.0", "reverse = false"]
     assert not any(line.startswith("revision") for line in lines)
+    assert "exact_strength = false" in lines
+    Recipe(model="org/model", exact_strength=True).to_toml(path)
+    assert "exact_strength = true" in path.read_text().splitlines()
+    assert Recipe.from_toml(path).exact_strength is True
 
 
 def test_left_out_fields_keep_defaults_or_the_preset(tmp_path: pathlib.Path) -> None:

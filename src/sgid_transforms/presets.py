@@ -14,6 +14,7 @@ class Preset(TypedDict):
     guidance_interval: tuple[float, float]
     num_inference_steps: int
     sampler: str
+    exact_strength: bool
     resolution: int | tuple[int, int] | None
     filters: dict[str, Any]
 
@@ -27,6 +28,7 @@ TINY: Final[Preset] = {
     "guidance_interval": (0.0, 1.0),
     "num_inference_steps": 10,
     "sampler": "dpmsolver++",
+    "exact_strength": False,
     "resolution": None,
     "filters": {},
 }
@@ -47,6 +49,7 @@ PRESETS: Final[dict[str, Preset]] = {
         "guidance_interval": (0.0, 1.0),
         "num_inference_steps": 4,
         "sampler": "euler",
+        "exact_strength": False,
         "resolution": 512,
         "filters": {},
     },
@@ -59,6 +62,7 @@ PRESETS: Final[dict[str, Preset]] = {
         "guidance_interval": (0.0, 1.0),
         "num_inference_steps": 4,
         "sampler": "euler",
+        "exact_strength": False,
         "resolution": 512,
         "filters": {},
     },
@@ -72,6 +76,7 @@ PRESETS: Final[dict[str, Preset]] = {
         "guidance_interval": (0.0, 1.0),
         "num_inference_steps": 25,
         "sampler": "dpmsolver++",
+        "exact_strength": False,
         "resolution": 512,
         "filters": {},
     },
@@ -85,6 +90,7 @@ PRESETS: Final[dict[str, Preset]] = {
         "guidance_interval": (0.0, 1.0),
         "num_inference_steps": 4,
         "sampler": "lcm",
+        "exact_strength": False,
         "resolution": 512,
         "filters": {},
     },

@@ -92,12 +92,17 @@ class Recipe:
             ``(low, high)`` is drawn from uniformly, per variant.
         guidance: classifier-free guidance scale, at least 0, or a :class:`SimilarityGuidance`. At most 1 is no guidance.
         num_inference_steps: steps of the whole schedule, 1 to 1000; ``int(num_inference_steps * strength)`` of them are run,
-            at least one (a latent consistency model runs them all, over a shorter range of noise).
+            at least one (a latent consistency model runs them all, over a shorter range of noise; see also
+            ``exact_strength``).
         resolution: the model's working size in pixels: the side of a square whose area is kept for other aspect ratios, or
             ``(height, width)``; ``None``: the model's own. Variants come back in the size of their original.
         sampler: ``"ddim"``, ``"euler"``, ``"dpmsolver++"`` (2M), ``"lcm"``, or ``"auto"``: what the checkpoint's scheduler is.
         guidance_interval: ``(low, high)`` shares of the noise schedule, 0 clean to 1 pure noise, between which guidance acts;
             outside it the prompt is followed without guidance (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        exact_strength: start at the very noise level that a strength names, with ``round(num_inference_steps * strength)``
+            steps (at least one) spread evenly below it, instead of at the nearest lower one of a fixed list: with 4 steps,
+            that list takes all strengths from 0.5 to 0.74 for one. Native path only, and not for ``"lcm"``. ``None``: for
+            ``tiny`` as its preset has it, else off.
         seed: the user's seed, in [0, 2**63).
         filters: see :class:`Filters`.
         image_format: how variants are stored: ``"png"``, ``"webp-lossless"``, ``"webp"``, ``"jpeg"``, or ``"auto"``: by size.
@@ -116,6 +121,7 @@ class Recipe:
     resolution: int | tuple[int, int] | None = TINY["resolution"]
     sampler: str = TINY["sampler"]
     guidance_interval: tuple[float, float] = TINY["guidance_interval"]
+    exact_strength: bool | None = None
     seed: int = 0
     filters: Filters = field(default_factory=lambda: Filters(**TINY["filters"]))
     image_format: str = "auto"
@@ -132,7 +138,9 @@ class Recipe:
             put(self, "guidance", _checks.number("guidance", self.guidance, minimum=0.0))
         steps = _checks.integer("num_inference_steps", self.num_inference_steps, minimum=1, maximum=1000)
         put(self, "num_inference_steps", steps)
-        if self.sampler != "lcm":  # a latent consistency model runs all its steps at any strength; the engine checks it
+        put(self, "exact_strength", _exact_strength(self.exact_strength, self.model, self.sampler))
+        # A latent consistency model runs all its steps at any strength (the engine checks it), an exact one at least one.
+        if self.sampler != "lcm" and not self.exact_strength:
             _check_steps(self.strength[0] if isinstance(self.strength, tuple) else self.strength, steps)
         put(self, "resolution", _resolution(self.resolution))
         _checks.choice("sampler", self.sampler, SAMPLERS)
@@ -149,7 +157,10 @@ class Recipe:
         The first two are the version of the scheme, the others the start of a SHA-256 over the fields as canonical JSON
         (sorted keys, floats as their shortest decimal form), so that it is the same on every platform and Python version.
         """
-        content: dict[str, Any] = {"version": FINGERPRINT_VERSION, "recipe": dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        if not self.exact_strength:
+            del fields["exact_strength"]  # it came later than the others: off, it leaves older fingerprints as they were
+        content: dict[str, Any] = {"version": FINGERPRINT_VERSION, "recipe": fields}
         if self.model == TINY["model"]:
             content["edition"] = TINY_EDITION
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -173,7 +184,7 @@ class Recipe:
         base = preset_for_model(_model(overrides.pop("model", TINY["model"])))
         strength = STRENGTH_RANGES[name]
         steps = base["num_inference_steps"]
-        if base["sampler"] != "lcm":
+        if base["sampler"] != "lcm" and not base["exact_strength"]:
             steps = max(steps, _minimum_steps(strength[0]))
         return cls._from_settings(dict(base) | {"strength": strength, "num_inference_steps": steps} | overrides)
 
@@ -280,6 +291,18 @@ def _interval(name: str, value: object) -> tuple[float, float]:
     if low >= high:
         raise RecipeError(f"{name} ({low}, {high}) is empty; its low end must be below its high end")
     return low, high
+
+
+def _exact_strength(value: object, model: str, sampler: object) -> bool:
+    if value is None:
+        return model == TINY["model"] and sampler != "lcm" and TINY["exact_strength"]
+    if not isinstance(value, bool):
+        raise RecipeError(f"exact_strength is {value!r}; it must be true or false")
+    if value and sampler == "lcm":
+        raise RecipeError(
+            "exact_strength has no meaning for sampler 'lcm', which runs all its steps at any strength; set it to false"
+        )
+    return value
 
 
 def _resolution(value: object) -> int | tuple[int, int] | None:

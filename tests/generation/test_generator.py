@@ -172,9 +172,22 @@ def test_a_recipe_of_another_family(checkpoints: dict[str, str], capfd: pytest.C
     assert all(result.ok for result in results)
     with pytest.raises(RecipeError, match=r"^guidance_interval \(0.2, 0.8\) needs the native path, and FluxImg2Img"):
         Generator.from_recipe(recipe(checkpoints["flux"], guidance_interval=(0.2, 0.8)))
+    with pytest.raises(RecipeError, match=r"^exact_strength needs the native path, and FluxImg2ImgPipeline runs its own call"):
+        Generator.from_recipe(recipe(checkpoints["flux"], exact_strength=True))
     with pytest.raises(RecipeError, match=r"^FluxImg2ImgPipeline runs with its own FlowMatchEulerDiscreteScheduler only"):
         Generator.from_recipe(recipe(checkpoints["flux"], sampler="ddim"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_exact_strength_from_a_recipe() -> None:
+    pipeline = tiny_models.sd1()
+    asked = [tiny_models.request(0, strength=strength) for strength in (0.5, 0.7)]
+    for exact, different in ((False, False), (True, True)):
+        generator = Generator.from_recipe(recipe("somewhere/else", exact_strength=exact), pipeline=pipeline)
+        one, other = (result.image for result in generator(asked))
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other) is not different
 
 
 def test_filters_with_clip_from_a_recipe(checkpoints: dict[str, str]) -> None:

@@ -172,6 +172,7 @@ class Generator:
                 sampler=recipe.sampler,
                 num_inference_steps=recipe.num_inference_steps,
                 guidance_interval=recipe.guidance_interval,
+                exact_strength=bool(recipe.exact_strength),
                 resolution=recipe.resolution,
                 batch_size=size,
                 device=place,
@@ -321,6 +322,10 @@ def _check_adapter_recipe(recipe: Recipe, pipeline: Any) -> None:
         raise RecipeError(
             f"guidance_interval {recipe.guidance_interval} needs the native path, and {type(pipeline).__name__} runs its own "
             "call; use (0.0, 1.0)"
+        )
+    if recipe.exact_strength:
+        raise RecipeError(
+            f"exact_strength needs the native path, and {type(pipeline).__name__} runs its own call; set it to false"
         )
 
 
