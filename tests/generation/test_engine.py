@@ -13,6 +13,7 @@ from tiny_models import SIZE, image, lcm, request, sd1, sdxl, tiny
 from sgid_transforms.errors import GenerationError, ModelLoadError, RecipeError
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.requests import Engine, GenerationRequest, RejectedImageError
+from sgid_transforms.generation.support import Formats, memory_formats
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +336,18 @@ def test_no_requests_are_no_work(shared: Any) -> None:
     engine = NativeEngine(shared)
     assert engine.run([]) == []
     assert engine.stats.fill == 0
+
+
+def test_memory_formats_follow_the_device() -> None:
+    last, first = torch.channels_last, torch.contiguous_format
+    assert memory_formats(None, "cpu") == Formats(unet=first, vae=last)
+    assert memory_formats(None, "cuda:1") == memory_formats(True, "cpu") == Formats(last, last)
+    assert memory_formats(False, "cuda") == Formats(first, first)
+    pipeline = sd1()
+    for choice, unet, vae in ((None, first, last), (True, last, last), (False, first, first)):
+        NativeEngine(pipeline, channels_last=choice)
+        assert pipeline.unet.mid_block.resnets[0].conv1.weight.is_contiguous(memory_format=unet)
+        assert pipeline.vae.decoder.mid_block.resnets[0].conv1.weight.is_contiguous(memory_format=vae)
 
 
 def test_the_engine_keeps_the_protocol(shared: Any) -> None:

@@ -168,5 +168,5 @@ def test_vae_with_latent_statistics_equals_diffusers() -> None:
 @pytest.mark.usefixtures("exact")
 def test_channels_last_changes_nothing() -> None:
     pipe = sd1()
-    for layout in (True, False):
+    for layout in (True, False, None):
         assert difference(pipe, request(7), steps=4, channels_last=layout) < TOLERANCE

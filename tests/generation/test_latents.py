@@ -19,7 +19,7 @@ def vae(request: pytest.FixtureRequest) -> Any:
 
 
 def test_batched_encoding_equals_one_by_one(vae: Any) -> None:
-    codec = LatentCodec(vae, channels_last=True)
+    codec = LatentCodec(vae, torch.channels_last)
     with torch.no_grad():
         together = codec.encode(pixels(1, 2, 3))
         alone = [codec.encode(pixels(seed))[0] for seed in (1, 2, 3)]
@@ -30,13 +30,13 @@ def test_batched_encoding_equals_one_by_one(vae: Any) -> None:
 
 def test_only_a_variational_encoder_draws() -> None:
     with torch.no_grad():
-        (posterior,) = LatentCodec(kl_vae(), channels_last=False).encode(pixels(1))
-        (point,) = LatentCodec(tiny_vae(), channels_last=False).encode(pixels(1))
+        (posterior,) = LatentCodec(kl_vae()).encode(pixels(1))
+        (point,) = LatentCodec(tiny_vae()).encode(pixels(1))
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    LatentCodec(tiny_vae(), channels_last=False).draw(point, generator)
+    LatentCodec(tiny_vae()).draw(point, generator)
     assert torch.equal(generator.get_state(), before)
-    LatentCodec(kl_vae(), channels_last=False).draw(posterior, generator)
+    LatentCodec(kl_vae()).draw(posterior, generator)
     assert not torch.equal(generator.get_state(), before)
 
 
@@ -53,14 +53,14 @@ def test_scaling_is_undone_by_decoding(vae: Any) -> None:
 
 
 def vae_round_trip(vae: Any) -> torch.Tensor:
-    codec = LatentCodec(vae, channels_last=False)
+    codec = LatentCodec(vae)
     with torch.no_grad():
         (encoded,) = codec.encode(pixels(1))
         return codec.decode(codec.draw(encoded, torch.Generator().manual_seed(0))[None])
 
 
 def test_work_is_counted(vae: Any) -> None:
-    codec = LatentCodec(vae, channels_last=True)
+    codec = LatentCodec(vae, torch.channels_last)
     with torch.no_grad():
         encoded = codec.encode(pixels(1, 2, 3))
         codec.decode(torch.stack([codec.draw(e, torch.Generator()) for e in encoded[:2]]))
@@ -72,7 +72,7 @@ def test_cache_gives_back_what_was_put(vae: Any, tmp_path: Path) -> None:
     key = cache.key(image(1), (32, 32))
     assert cache.get(key, "cpu") is None
     with torch.no_grad():
-        batch = LatentCodec(vae, channels_last=False).encode(pixels(1, 2))
+        batch = LatentCodec(vae).encode(pixels(1, 2))
     cache.put(key, batch[0])
     found = cache.get(key, "cpu")
     assert found is not None

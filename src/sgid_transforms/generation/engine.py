@@ -25,7 +25,7 @@ from sgid_transforms.generation.latents import LatentCache, LatentCodec
 from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, check_image
 from sgid_transforms.generation.schedule import Schedule, Step, Trajectory, resolve_sampler
 from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
-from sgid_transforms.generation.support import native_resolution, obstacle, place
+from sgid_transforms.generation.support import memory_formats, native_resolution, obstacle, place
 
 _IN_FLIGHT = 4  # batches of samples that are held at once: enough to keep batches full, small beside the model
 
@@ -88,7 +88,7 @@ class NativeEngine:
         batch_size: guided samples in one UNet call, that is, half of its rows; also images in one VAE call.
         device: where to move the modules; ``None`` leaves them where they are (as CPU offload requires).
         dtype: dtype of UNet and VAE; ``None`` leaves it as it is. A VAE that overflows in float16 stays in float32.
-        channels_last: whether UNet and VAE run in that memory format.
+        channels_last: whether UNet and VAE run in that memory format; ``None``: both on an accelerator, the VAE alone on a CPU.
         latent_cache: folder for encoded input images, or ``None`` for no cache.
         row_sizes: row counts to which UNet calls are padded, so that compiled code meets few shapes; ``None``: no padding.
         prompt_cache: number of encoded texts that are kept.
@@ -110,7 +110,7 @@ class NativeEngine:
         batch_size: int = 8,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        channels_last: bool = True,
+        channels_last: bool | None = None,
         latent_cache: str | PathLike[str] | None = None,
         row_sizes: Sequence[int] | None = None,
         prompt_cache: int = 256,
@@ -125,8 +125,8 @@ class NativeEngine:
             raise RecipeError(f"batch_size {batch_size} leaves no room for a sample; use at least 1")
         self.batch_size = batch_size
         self._pipeline = pipeline
-        place(pipeline, device, dtype, channels_last)
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        formats = memory_formats(channels_last, pipeline._execution_device if device is None else device)
+        place(pipeline, device, dtype, formats)
         self._schedule = Schedule(
             pipeline.scheduler.config,
             resolve_sampler(sampler, pipeline.scheduler),
@@ -141,11 +141,11 @@ class NativeEngine:
         self._resolution = resolution if resolution is not None else native_resolution(config, pipeline.vae_scale_factor)
         check_resolution(self._resolution, self._multiple)
         self._prompts = PromptEncoder(pipeline, prompt_cache)
-        self._codec = LatentCodec(pipeline.vae, channels_last=channels_last)
+        self._codec = LatentCodec(pipeline.vae, formats.vae)
         self._cache = LatentCache(latent_cache, pipeline.vae) if latent_cache is not None else None
         self._unet_limit = BatchLimit(2 * batch_size)
         self._encode_limit, self._decode_limit, self._text_limit = (BatchLimit(batch_size) for _ in range(3))
-        self._denoiser = Denoiser(pipeline, self._schedule, self._unet_limit, self._format, row_sizes or ())
+        self._denoiser = Denoiser(pipeline, self._schedule, self._unet_limit, formats.unet, row_sizes or ())
         self._stats = EngineStats()
 
     @staticmethod

@@ -121,7 +121,7 @@ class Generator:
         *,
         labels: Sequence[str] | None = None,
         clip: str = "tiny",
-        channels_last: bool = True,
+        channels_last: bool | None = None,
         compile: bool = False,
         latent_cache: str | PathLike[str] | None = None,
         call_options: Mapping[str, Any] | None = None,
@@ -138,7 +138,7 @@ class Generator:
                 when memory runs out.
             labels: class names of the data set, for the label check.
             clip: the CLIP model of the filters: ``"tiny"``, a folder, or a hub id.
-            channels_last: memory format of the native path, in which convolutions are faster.
+            channels_last: memory format of the native path; ``None``: what is faster on the device.
             compile: compile the network's repeated blocks, and pad batches to few sizes.
             latent_cache: folder for encoded input images, reused by further variants; native path only.
             call_options: further keyword arguments for every call of a pipeline that is not run natively.

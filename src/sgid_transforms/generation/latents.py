@@ -19,12 +19,12 @@ class LatentCodec:
 
     Args:
         vae: the autoencoder.
-        channels_last: whether to feed it in that memory format.
+        memory_format: in which to feed it.
     """
 
-    def __init__(self, vae: Any, *, channels_last: bool) -> None:
+    def __init__(self, vae: Any, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         self._vae = vae
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._format = memory_format
         config = vae.config
         self._scale = float(config.scaling_factor)
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
