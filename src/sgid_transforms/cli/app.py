@@ -25,7 +25,7 @@ from sgid_transforms.errors import SGIDError
 app = typer.Typer(
     name="sgid",
     help="Label- and caption-guided variants of your images, for training classifiers.",
-    epilog="Start with `sgid demo`. Exit codes: 0 all done, 1 error, 2 wrong command line, 3 done with exceptions.",
+    epilog="Start with `sgid demo`. Exit codes: 0 all done, 1 error, 2 wrong command line, 3 done with exceptions, 130 stopped.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -47,20 +47,26 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _say_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"sgid {metadata.version('sgid-transforms')}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> NoReturn:
     """The console script: what a user did wrong is told in a sentence, a bug keeps its traceback."""
     logging.basicConfig(format="sgid: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
-        app()
+        app(prog_name="sgid")
     except SGIDError as error:
         fail(str(error))
     except BrokenPipeError:

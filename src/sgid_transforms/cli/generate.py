@@ -59,6 +59,7 @@ def command(
         else:
             _say_estimate(estimate, data)
         raise typer.Exit(codes.PARTIAL if estimate.skipped or estimate.bytes > estimate.free_bytes else 0)
+    variants.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is better known before the work than after it
     if retry_filtered:
         store.forget_failures(wanted)
     with closing(CaptionStore(captions)) as texts, stoppable() as stop:

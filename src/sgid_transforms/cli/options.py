@@ -16,7 +16,7 @@ Captions = Annotated[Path, typer.Option(metavar="FILE", help="Caption store.")]
 Variants = Annotated[Path, typer.Option(metavar="DIR", help="Variant store.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (TOML): what to generate.")]
 Model = Annotated[str | None, typer.Option(metavar="ID", help="Instead of a recipe: tiny, a checkpoint id, or a folder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per forward pass.")]
 ClassNames = Annotated[
     Path | None, typer.Option(metavar="FILE", help='Words for folder names: {"n02123045": "tabby cat"} (JSON or TOML).')

@@ -14,7 +14,7 @@ def command(
     keep: Annotated[
         list[str], typer.Option(metavar="RECIPE", help="To keep: a recipe file, a model, or a fingerprint. Repeatable.")
     ],
-    variants: Annotated[Path, typer.Argument(metavar="[DIR]", help="Variant store.")] = Path("variants"),
+    variants: Annotated[Path, typer.Argument(metavar="DIR", help="Variant store.")] = Path("variants"),
     yes: Annotated[bool, typer.Option("--yes", help="Really remove; otherwise only say what would be removed.")] = False,
     json: options.Json = False,
 ) -> None:

@@ -10,7 +10,7 @@ from sgid_transforms.cli.output import fail, say, say_json
 
 
 def command(
-    variants: Annotated[Path, typer.Argument(metavar="[DIR]", help="Variant store.")] = Path("variants"),
+    variants: Annotated[Path, typer.Argument(metavar="DIR", help="Variant store.")] = Path("variants"),
     repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to DIR/quarantine.")] = False,
     json: options.Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ from sgid_transforms.jobs.captioning import caption_folder
 from sgid_transforms.jobs.generating import build_maker, make
 from sgid_transforms.jobs.plan import Models, Shard, chunks, free_bytes, incomplete, missing_variants
 from sgid_transforms.recipe import Recipe
+from sgid_transforms.service.maker import VariantMaker
 from sgid_transforms.variants.store import VariantStore
 
 
@@ -90,9 +91,10 @@ def estimate_folder(
             if chosen:
                 if known:
                     notes.put_many(captions.get_many([image.key for image in samples]).values())
+                labels = sorted({image.file.label for image in scan.images})
+                maker = build_maker(recipe, notes, VariantStore(Path(folder, "variants")), models, labels)
                 per_caption = _time_captions(samples, uncaptioned, recipe, notes, models, progress)
-                store = VariantStore(Path(folder, "variants"))
-                per_variant, per_file = _time_variants(chosen, recipe, notes, store, models)
+                per_variant, per_file = _time_variants(chosen, notes, maker, models.batch_size)
         finally:
             notes.close()
     return Estimate(
@@ -134,16 +136,15 @@ def _time_captions(
 
 
 def _time_variants(
-    chosen: Sequence[tuple[KnownImage, int]], recipe: Recipe, notes: CaptionStore, store: VariantStore, models: Models
+    chosen: Sequence[tuple[KnownImage, int]], notes: CaptionStore, maker: VariantMaker, batch_size: int
 ) -> tuple[float, float]:
     """Make the sample; returns seconds and bytes per variant. One variant before it warms the model up."""
-    maker = build_maker(recipe, notes, store, models, sorted({image.file.label for image, _ in chosen}))
     records = notes.get_many([image.key for image, _ in chosen])
     first, number = chosen[0]
     make([(first, number + 1_000_000)], records, maker)
     start = time.perf_counter()
-    for chunk in chunks(chosen, models.batch_size):
+    for chunk in chunks(chosen, batch_size):
         make(chunk, records, maker)
     seconds = time.perf_counter() - start
-    sizes = [ref.path.stat().st_size for ref in store.iter(recipe)]
+    sizes = [ref.path.stat().st_size for ref in maker.variants.iter(maker.recipe)]
     return seconds / len(chosen), sum(sizes) / max(1, len(sizes))

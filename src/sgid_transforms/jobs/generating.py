@@ -83,18 +83,20 @@ def generate_folder(
         raise RecipeError(f"{count} variants per image are too few; ask for at least 1")
     models = models or Models()
     shard = shard or Shard()
-    described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
     images = [image for image in scan.images if image.key in shard]
     filtered, todo = missing_variants(images, recipe, variants, count)
+    labels = sorted({image.file.label for image in scan.images})
+    # The generator comes first: if it cannot be loaded, that is better known before than after an hour of captioning.
+    maker = build_maker(recipe, captions, variants, models, labels) if todo and not stop() else None
+    described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
     wanted = len(images) * count
     present = wanted - len(todo) - filtered
     generated = 0
     failed: list[Skipped] = []
     start = time.perf_counter()
     stopped = described.stopped
-    if todo and not stopped:
+    if maker is not None and not stopped:
         records = captions.get_many([image.key for image, _ in todo])
-        maker = build_maker(recipe, captions, variants, models, sorted({image.file.label for image in scan.images}))
         with tqdm(total=wanted, initial=wanted - len(todo), desc="variants", unit="img", disable=not progress) as bar:
             for chunk in chunks(todo, models.batch_size):
                 if stop():

@@ -1,0 +1,192 @@
+"""What the commands do and print, with fake models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
+from sgid_transforms.cli.notes import tiny_note
+from sgid_transforms.cli.output import duration, size
+from sgid_transforms.recipe import Recipe
+from sgid_transforms.variants.store import VariantStore
+
+COMMANDS = ("demo", "caption", "generate", "preview", "report", "export", "verify", "prune", "doctor")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_fits_a_screen(sgid, command):
+    code, out, err = sgid(*command, "--help")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) <= 42
+    assert max(map(len, out.splitlines())) <= 80
+    if not command:
+        assert [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()[: len(COMMANDS)]] == list(COMMANDS)
+        assert "..." not in out  # no description is cut
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = (
+        "import sys; sys.argv = ['sgid', '--help']\n"
+        "from sgid_transforms.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'torchvision', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_version(sgid):
+    assert sgid("--version")[1].startswith("sgid 0.")
+
+
+def test_generate_lists_what_it_left_out_and_says_so_by_its_exit_code(fake_sgid, tmp_path):
+    own_folder(tmp_path / "data")
+    code, out, err = fake_sgid("generate", "data", "-k", 2)
+    assert code == 3
+    for name, reason in BROKEN.items():
+        assert any(name in line and reason in line for line in out.splitlines())
+    assert "empty_class: it is a class folder without images" in out
+    assert f"{2 * GOOD} wanted: {2 * GOOD} made now" in out
+    assert "loader=sgid_transforms.images.load_image" in err
+    again, out, _ = fake_sgid("generate", "data", "-k", 2)
+    assert again == 3
+    assert f"0 made now, {2 * GOOD} there already" in out
+
+
+def test_generate_without_anything_to_complain_of_ends_with_0(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    code, out, err = fake_sgid("generate", "data")
+    assert (code, "left out" in out, "note:" in err) == (0, False, False)
+
+
+def test_json_is_all_of_stdout(fake_sgid, tmp_path):
+    own_folder(tmp_path / "data")
+    code, out, _ = fake_sgid("generate", "data", "-k", 1, "--json")
+    report = json.loads(out)["report"]
+    assert code == 3
+    assert (report["generated"], report["images"], report["failed"]) == (GOOD, GOOD, [])
+    assert {one["path"].rpartition("/")[2] for one in report["captions"]["skipped"]} == {*BROKEN, "empty_class"}
+    assert json.loads(fake_sgid("caption", "data", "--json")[1])["report"]["captioned"] == 0
+    assert json.loads(fake_sgid("verify", "--json")[1])["ok"] is True
+    code, out, _ = fake_sgid("generate", "data", "-k", 3, "--dry-run", "--json")
+    assert json.loads(out)["report"]["missing"] == 2 * GOOD
+
+
+def test_a_dry_run_estimates_and_writes_nothing(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 10)
+    code, out, _ = fake_sgid("generate", "data", "-k", 2, "--dry-run")
+    assert code == 0
+    assert "40 of 40 to make" in out
+    assert "measured on 16" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_caption_then_generate(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 3)
+    assert "6 written now, 0 there already" in fake_sgid("caption", "data")[1]
+    assert "0 written now, 6 there already" in fake_sgid("caption", "data")[1]
+    assert "captions  0 written now" in fake_sgid("generate", "data", "-k", 1)[1]
+
+
+def test_verify_finds_damage_and_repairs_it_and_generate_makes_it_again(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    fake_sgid("generate", "data", "-k", 1)
+    assert fake_sgid("verify")[:2] == (0, "4 files checked, 0 damaged, 0 foreign\n")
+    victim = next(VariantStore(tmp_path / "variants").iter()).path
+    victim.write_bytes(victim.read_bytes()[:-9])
+    code, out, _ = fake_sgid("verify")
+    assert (code, "1 damaged" in out, victim.name in out) == (3, True, True)
+    assert victim.exists()
+    code, out, _ = fake_sgid("verify", "variants", "--repair")
+    assert (code, victim.exists()) == (0, False)
+    assert "1 made now" in fake_sgid("generate", "data", "-k", 1)[1]
+    assert fake_sgid("verify")[0] == 0
+
+
+def test_prune_keeps_what_is_to_be_kept_and_removes_only_when_told(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    Recipe(seed=7).to_toml(tmp_path / "old.toml")
+    fake_sgid("generate", "data", "-k", 1)
+    fake_sgid("generate", "data", "-k", 2, "--recipe", "old.toml")
+    store = VariantStore(tmp_path / "variants")
+    code, out, _ = fake_sgid("prune", "--keep", "tiny")
+    assert (code, "would be removed" in out, "--yes" in out, store.count()) == (0, True, True, 12)
+    code, out, _ = fake_sgid("prune", "variants", "--keep", "tiny", "--keep", "old.toml", "--yes")
+    assert (code, store.count()) == (0, 12)
+    code, out, _ = fake_sgid("prune", "--keep", Recipe().fingerprint, "--yes", "--json")
+    assert json.loads(out)["removed"] == {Recipe(seed=7).fingerprint: 8}
+    assert (store.count(Recipe()), store.count(Recipe(seed=7))) == (4, 0)
+
+
+def test_export_writes_class_folders(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    fake_sgid("generate", "data", "-k", 2)
+    code, out, _ = fake_sgid("export", "data", "out", "--originals")
+    assert code == 0
+    assert "8 of 4 images" in out
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 12
+    picture(9).save(tmp_path / "data" / "cat" / "new.png")
+    code, out, _ = fake_sgid("export", "data", "out")
+    assert (code, "cat/new.png: it has no variants" in out) == (3, True)
+
+
+def test_class_names_reach_the_prompts(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 1, ("n01", "n02"))
+    (tmp_path / "names.toml").write_text('n01 = "tabby cat"\nn02 = "bullfrog"\n')
+    fake_sgid("generate", "data", "-k", 1, "--class-names", "names.toml")
+    store = VariantStore(tmp_path / "variants")
+    prompts = {store.get(ref.fingerprint, ref.key, ref.variant).provenance.prompt.partition(",")[0] for ref in store.iter()}
+    assert prompts == {"a photo of a tabby cat", "a photo of a bullfrog"}
+
+
+def test_retry_filtered_forgets_the_rejections(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 1)
+    store, recipe = VariantStore(tmp_path / "variants"), Recipe()
+    fake_sgid("generate", "data", "-k", 1)
+    key = next(store.iter()).key
+    store.put_failure(recipe, key, 1, ["label"])
+    assert "1 rejected by the filters" in fake_sgid("generate", "data", "-k", 2)[1]
+    assert "1 made now" in fake_sgid("generate", "data", "-k", 2, "--retry-filtered")[1]
+
+
+def test_tiny_says_once_what_it_is_not_made_for(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2, ("tabby", "bulldog"))
+    _, _, err = fake_sgid("generate", "data", "-k", 1)
+    assert err.count("the bundled model 'tiny' knows the ten classes") == 1
+    assert "stabilityai/sd-turbo" in err
+    assert "tiny" not in fake_sgid("generate", "data", "-k", 1, "--model", "sd-turbo", "--dry-run")[2]
+
+
+def test_the_note_names_what_is_strange_and_nothing_else():
+    assert tiny_note(["cat", "Dog"], [(32, 32), (24, 20)]) is None
+    assert tiny_note([], []) is None
+    assert "'sofa' and 1 more" in tiny_note(["tabby", "sofa", "cat"], [])
+    large = tiny_note(["cat"], [(32, 32), (400, 600)])
+    assert "up to 600 x 400 pixels" in large
+    assert "and here are images" in large
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0314, "31 ms"), (4.25, "4.2 s"), (59.4, "59 s"), (190, "3 min 10 s"), (7500, "2 h 5 min"), (400_000, "4.6 days")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (12_345_678, "12.3 MB"), (5e15, "5000.0 TB")])
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+def test_a_bug_keeps_its_traceback(fake_sgid, monkeypatch, tmp_path):
+    plain_folder(tmp_path / "data", 1)
+    monkeypatch.setattr("sgid_transforms.jobs.scan_folder", lambda *arguments, **named: 1 / 0)
+    monkeypatch.setattr("sys.argv", ["sgid", "generate", "data"])
+    from sgid_transforms.cli import main
+
+    with pytest.raises(ZeroDivisionError):
+        main()
