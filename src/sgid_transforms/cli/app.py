@@ -25,7 +25,7 @@ from sgid_transforms.errors import SGIDError
 app = typer.Typer(
     name="sgid",
     help="Label- and caption-guided variants of your images, for training classifiers.",
-    epilog="Start with `sgid demo`. Exit codes: 0 all done, 1 error, 2 wrong command line, 3 done with exceptions, 130 stopped.",
+    epilog="Start with `sgid demo`. Exit codes: 0 all done, 1 error, 2 wrong command, 3 done with exceptions, 130 stopped.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
