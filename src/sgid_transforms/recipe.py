@@ -25,7 +25,7 @@ IMAGE_FORMATS: Final = (
     "webp-lossless",
     "webp",
     "jpeg",
-)  # "auto": png up to 64 x 64 pixels, jpeg above (docs/stores.md)
+)  # "auto": png up to 256 x 256 pixels, jpeg above (docs/stores.md)
 
 MIN_STRENGTH: Final = 0.001  # 1000 steps, the most that a recipe takes, run one step of it; 0 would be the original itself
 

@@ -52,9 +52,9 @@ def test_lossy_formats_stay_close(image_format):
 
 @pytest.mark.parametrize(
     ("size", "start", "extension"),
-    [((64, 64), b"\x89PNG", ".png"), ((1, 4096), b"\x89PNG", ".png"), ((64, 65), b"\xff\xd8\xff", ".jpg")],
+    [((256, 256), b"\x89PNG", ".png"), ((8, 8192), b"\x89PNG", ".png"), ((256, 257), b"\xff\xd8\xff", ".jpg")],
 )
-def test_auto_is_png_up_to_64_pixels_square(size, start, extension):
+def test_auto_is_png_up_to_256_pixels_square(size, start, extension):
     data, found = codec.encode(_photo(*size), "auto")
     assert data.startswith(start)
     assert found == extension

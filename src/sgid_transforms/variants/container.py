@@ -36,18 +36,19 @@ def pack(image: bytes, provenance: bytes, name: str) -> bytes:
     return body + _digest(body, name)
 
 
-def unpack(data: bytes, name: str) -> tuple[bytes, int]:
+def unpack(data: bytes, name: str) -> tuple[memoryview, int]:
     """Check a variant file.
 
     Returns:
-        ``data`` without its footer's last parts, and the offset at which the image ends and the JSON begins.
+        ``data`` without its digest, as a view (a copy would cost as much as reading the file), and the offset at which the
+        image ends and the JSON begins.
 
     Raises:
         DamagedFileError: foreign, cut off, changed, or meant for another name.
     """
     if len(data) <= _FOOTER:
         raise DamagedFileError(f"{len(data)} bytes are too few for a variant")
-    body = data[:-_DIGEST]
+    body = memoryview(data)[:-_DIGEST]
     length, magic = _TAIL.unpack_from(body, len(body) - _TAIL.size)
     if magic != MAGIC:
         raise DamagedFileError("it has no footer: cut off, or not written by a variant store")
@@ -59,12 +60,12 @@ def unpack(data: bytes, name: str) -> tuple[bytes, int]:
     return body, image_end
 
 
-def provenance_of(body: bytes, image_end: int) -> bytes:
+def provenance_of(body: memoryview, image_end: int) -> bytes:
     """The JSON part of what ``unpack`` returned."""
-    return body[image_end : len(body) - _TAIL.size]
+    return bytes(body[image_end : len(body) - _TAIL.size])
 
 
-def _digest(body: bytes, name: str) -> bytes:
+def _digest(body: bytes | memoryview, name: str) -> bytes:
     digest = hashlib.sha256(name.encode("ascii"))
     digest.update(body)
     return digest.digest()

@@ -266,7 +266,7 @@ class VariantStore:
         return folder + naming.stem(key, variant)
 
     def _find(
-        self, recipe: HasFingerprint | str, key: str, variant: int, decode: Callable[[bytes], _Decoded]
+        self, recipe: HasFingerprint | str, key: str, variant: int, decode: Callable[[memoryview], _Decoded]
     ) -> tuple[_Decoded, bytes, str] | None:
         """Decoded image, provenance JSON and path of a variant."""
         name = self._name(recipe, key, variant)
