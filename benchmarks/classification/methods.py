@@ -1,0 +1,203 @@
+"""Ways of augmenting, by name: classic ones, generated variants with their settings, and combinations.
+
+A name reads ``none``, ``randaugment``, ``sgid``, ``sgid+mixup``, ``sgid:k=4,p=0.3`` or ``sgid:guidance=reverse+cutmix``. Every
+method flips and crops; that is all that ``none`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from sgid_transforms import Filters, Recipe, SimilarityGuidance
+
+CLASSIC = ("none", "autoaugment", "randaugment", "trivialaugment", "augmix", "randomerasing", "mixup", "cutmix")
+GENERATED = ("real-guidance", "sgid")
+PROMPTS = {"both": "a photo of a {label}, {caption}", "label": "a photo of a {label}", "caption": "{caption}"}
+
+GROUPS = {
+    "classic": CLASSIC,
+    "generated": GENERATED,
+    "combined": tuple(f"sgid+{name}" for name in CLASSIC[1:]),
+    "ablations": (
+        "sgid:prompt=label",
+        "sgid:prompt=caption",
+        "sgid:guidance=fixed",
+        "sgid:guidance=reverse",
+        "sgid:guidance=1",
+        "sgid:strength=0.2-0.4",
+        "sgid:strength=0.4-0.6",
+        "sgid:strength=0.6-0.8",
+        "sgid:strength=0.8-0.95",
+        "sgid:k=1",
+        "sgid:k=4",
+        "sgid:p=0.25",
+        "sgid:p=0.5",
+        "sgid:p=0.9",
+        "sgid:filter=none",
+    ),
+}
+"""Names that stand for several methods."""
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Settings of generated variants: what a recipe needs, and how a training uses them.
+
+    Args:
+        prompt: what the prompt says: ``both``, ``label`` or ``caption``.
+        guidance: scale at the lowest and at the highest similarity.
+        direction: ``similarity`` (rises with it), ``reverse`` (falls) or ``fixed`` (the middle of both for all images).
+        strength: range from which each variant's is drawn.
+        filter: ``none``, or ``argmax``: CLIP must recognise the label.
+        k: variants per image.
+        p: probability that an image is replaced.
+    """
+
+    prompt: str = "both"
+    guidance: tuple[float, float] = (3.0, 5.0)
+    direction: str = "similarity"
+    strength: tuple[float, float] = (0.4, 0.9)
+    filter: str = "argmax"
+    k: int = 10
+    p: float = 0.7
+
+    def recipe(self, model: str, seed: int, **settings: Any) -> Recipe:
+        """The recipe by which they are made; ``settings`` are further fields of it."""
+        low, high = self.guidance
+        guidance: float | SimilarityGuidance = (low + high) / 2
+        if self.direction != "fixed" and low < high:
+            guidance = SimilarityGuidance(low, high, reverse=self.direction == "reverse")
+        return Recipe.for_model(
+            model,
+            prompt=PROMPTS[self.prompt],
+            guidance=guidance,
+            strength=self.strength,
+            filters=Filters(label_check=self.filter),
+            seed=seed,
+            **settings,
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of augmenting.
+
+    Args:
+        name: as it was asked for.
+        classic: ``none`` or another classic one, applied after the variants.
+        variants: settings of generated variants, or ``None``.
+    """
+
+    name: str
+    classic: str
+    variants: Variants | None = None
+
+
+def parse_method(name: str, defaults: Variants) -> Method:
+    """The method of a name.
+
+    Args:
+        name: see the module.
+        defaults: what ``sgid`` is without options. ``real-guidance`` is the same with a prompt of the label alone and a fixed
+            guidance scale, as Real Guidance has them (He et al. 2023, arXiv 2210.07574).
+
+    Raises:
+        ValueError: for an unknown name, option or value.
+    """
+    first, *classic = name.split("+")
+    base, _, options = first.partition(":")
+    if base in CLASSIC and not options and not classic:
+        return Method(name, base)
+    if base not in GENERATED or len(classic) > 1 or any(one not in CLASSIC[1:] for one in classic):
+        raise ValueError(
+            f"method {name!r} is unknown; use one of {', '.join(CLASSIC + GENERATED)}, sgid:option=value, sgid+classic, "
+            f"or one of the groups {', '.join(GROUPS)}"
+        )
+    variants = replace(defaults, prompt="label", direction="fixed") if base == "real-guidance" else defaults
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key not in _OPTIONS:
+            raise ValueError(f"option {option!r} of method {name!r} is unknown; use one of {', '.join(_OPTIONS)}")
+        try:
+            variants = replace(variants, **_OPTIONS[key](value))
+        except (ValueError, KeyError):
+            raise ValueError(f"option {option!r} of method {name!r} cannot be read") from None
+    return Method(name, classic[0] if classic else "none", variants)
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Names with groups replaced by their members, each once."""
+    return list(dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,))))
+
+
+def image_policy(classic: str, *, small: bool) -> Callable[[Any], Any] | None:
+    """torchvision's transform of a single uint8 image that a method stands for, with torchvision's defaults.
+
+    Args:
+        classic: one of `CLASSIC`.
+        small: whether AutoAugment uses the policy that was found for CIFAR-10, or the one for ImageNet.
+    """
+    if classic == "autoaugment":
+        return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10 if small else v2.AutoAugmentPolicy.IMAGENET)
+    policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "augmix": v2.AugMix}
+    return policies[classic]() if classic in policies else None
+
+
+def batch_policy(classic: str, classes: int) -> Callable[..., Any] | None:
+    """torchvision's transform of a whole batch that a method stands for: ``(images, labels) -> (images, (B, classes))``."""
+    policies = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+    return policies[classic](num_classes=classes) if classic in policies else None
+
+
+def erase(images: torch.Tensor) -> torch.Tensor:
+    """`v2.RandomErasing` with its defaults on each of ``(B, C, H, W)`` normalised images."""
+    transform = v2.RandomErasing()
+    return torch.stack([transform(image) for image in images])
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, dash, high = text.partition("-")
+    return float(low), float(high if dash else low)
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return check
+
+
+def _guidance(text: str) -> dict[str, Any]:
+    if text in ("similarity", "reverse", "fixed"):
+        return {"direction": text}
+    low, high = _range(text)
+    return {"guidance": (low, high)}
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _probability(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError(text)
+    return float(text)
+
+
+_OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "prompt": lambda text: {"prompt": _one_of(*PROMPTS)(text)},
+    "guidance": _guidance,
+    "strength": lambda text: {"strength": _range(text)},
+    "filter": lambda text: {"filter": _one_of("none", "argmax")(text)},
+    "k": lambda text: {"k": _count(text)},
+    "p": lambda text: {"p": _probability(text)},
+}
