@@ -134,6 +134,15 @@ def test_what_stands_before_the_transform_is_applied(sgid: SGIDAugment, folder: 
     assert sgid.captions.missing([image_key(resize(pil_picture(0)))]) == []
 
 
+def test_misspelled_class_of_p_is_told(sgid: SGIDAugment, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sgid.p = {"cat": 0.9, "forg": 0.5, "whale": 0.1, "*": 0.0}
+    sgid.prepare(ImageFolder(folder), progress=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "p names the class 'forg', of which no image was prepared; did you mean 'frog'?",
+        "p names the class 'whale', of which no image was prepared",
+    ]
+
+
 def test_random_images_are_refused(sgid: SGIDAugment, folder: Path) -> None:
     data = ImageFolder(folder, transform=v2.Compose([v2.ColorJitter(0.9), sgid]))
     with pytest.raises(ValueError, match="another image each time item 0 is read"):

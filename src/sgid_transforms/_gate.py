@@ -2,7 +2,7 @@
 
 import difflib
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 P = float | Mapping[str, float] | str
@@ -10,11 +10,8 @@ P = float | Mapping[str, float] | str
 OTHERS = "*"  # the entry of a mapping that counts for all classes it does not name
 
 
-def check_p(p: Any, labels: Iterable[str] = ()) -> float | dict[str, float] | str:
+def check_p(p: Any) -> float | dict[str, float] | str:
     """``p`` as it is kept: a float in [0, 1], a dict of class names to such floats, or ``"balanced"``.
-
-    Args:
-        labels: Known class names; a name in ``p`` that is not among them is refused. Empty: nothing is known.
 
     Raises:
         ValueError: ``p`` is something else.
@@ -22,15 +19,19 @@ def check_p(p: Any, labels: Iterable[str] = ()) -> float | dict[str, float] | st
     if p == "balanced" and isinstance(p, str):
         return p
     if isinstance(p, Mapping):
-        known = set(labels)
-        for name in p:
-            if known and name not in known and name != OTHERS:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                raise ValueError(
-                    f"p names the class {name!r}, which is unknown" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
         return {str(name): _check_number(value, f"p[{name!r}]") for name, value in p.items()}
     return _check_number(p, "p")
+
+
+def unknown_classes(p: Mapping[str, float], labels: Collection[str]) -> list[str]:
+    """A sentence about each class that ``p`` names and that is not among ``labels``: a name misspelled has no effect."""
+    sentences = []
+    for name in p:
+        if name not in labels and name != OTHERS:
+            near = difflib.get_close_matches(name, labels, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            sentences.append(f"p names the class {name!r}, of which no image was prepared{hint}")
+    return sentences
 
 
 def balanced_p(counts: Mapping[str, int]) -> dict[str, float]:

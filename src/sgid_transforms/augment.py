@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sgid_transforms._forms import check_form, is_image, pil_like, tensor_like, to_pil
-from sgid_transforms._gate import P, balanced_p, check_p, class_p
+from sgid_transforms._gate import P, balanced_p, check_p, class_p, unknown_classes
 from sgid_transforms._labels import find_labels, label_name
 from sgid_transforms._supply import VariantSupply
 from sgid_transforms.captions.captioner import BLIP
@@ -294,8 +294,12 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             device=device or self._device(),
             progress=progress,
         )
-        if self.p == "balanced":
+        p = self.p
+        if p == "balanced":
             self._state.publish(balanced=self._balanced())
+        elif isinstance(p, Mapping):  # not an error: the other classes may be in a data set that comes next
+            for sentence in unknown_classes(p, {record.label for record in self.captions if record.label}):
+                _log.warning("%s", sentence)
         return report
 
     def serve(

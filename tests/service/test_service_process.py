@@ -68,6 +68,7 @@ def test_killed_service_wakes_every_worker_and_a_restart_resumes(tmp_path: Path)
             when, error = pipe.recv()
             assert isinstance(error, ServiceError)
             assert "sgid.serve" in str(error)
+            print(f"a waiting worker knew after {1000 * (when - killed):.0f} ms that the service was killed")
             assert when - killed < 5
         with pytest.raises(ServiceError):  # the socket of a dead service refuses at once
             service.client.generate([Item("a")])
