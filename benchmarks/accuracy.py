@@ -52,6 +52,9 @@ VIEW_FIELDS = (
 )  # fmt: skip
 
 
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What all runs of a call have in common; picklable, so that other processes can do some of them."""
@@ -63,6 +66,7 @@ class Experiment:
     measure: str
     training: Training
     generator: str
+    generator_dtype: str
     recipe_settings: tuple[tuple[str, Any], ...]
     device: str
     workers: int
@@ -93,7 +97,7 @@ def run_name(experiment: Experiment, run: Run) -> str:
             "n": run.size,
             "seed": run.seed,
             "classic": run.method.classic,
-            "variants": None if variants is None else [recipe_of(experiment, run).fingerprint, variants.p, variants.k],
+            "variants": None if variants is None else [variants_id(experiment, run), variants.p, variants.k],
             "training": asdict(experiment.training),
             "measure": experiment.measure,
         }
@@ -106,6 +110,11 @@ def recipe_of(experiment: Experiment, run: Run) -> Any:
     return run.method.variants.recipe(experiment.generator, run.seed, **dict(experiment.recipe_settings))
 
 
+def variants_id(experiment: Experiment, run: Run) -> str:
+    """What tells a run's variants from others of the same images."""
+    return f"{recipe_of(experiment, run).fingerprint} {experiment.generator_dtype}"
+
+
 @cache
 def task_of(data: str, root: str, download: bool) -> Task:
     """The data, read once in each process."""
@@ -113,8 +122,11 @@ def task_of(data: str, root: str, download: bool) -> Task:
 
 
 def subset_of(experiment: Experiment, run: Run, pool: Pool, indices: list[int]) -> Subset:
-    folder = experiment.out / "subsets" / f"{Path(experiment.data).name}-n{run.size}-s{run.seed}"
-    return Subset(folder, Labelled(pool, indices), experiment.device)
+    # A dtype is no part of a recipe, although it changes pixels a little: each has its own folder.
+    name = f"{Path(experiment.data).name}-n{run.size}-s{run.seed}-{experiment.generator_dtype}"
+    return Subset(
+        experiment.out / "subsets" / name, Labelled(pool, indices), experiment.device, DTYPES[experiment.generator_dtype]
+    )
 
 
 def measured_on(experiment: Experiment, task: Task, indices: list[int]) -> tuple[Pool, list[int]]:
@@ -246,9 +258,9 @@ def judge_run(experiment: Experiment, run: Run) -> dict[str, Any] | None:
 
 def view_name(experiment: Experiment, run: Run) -> str:
     assert run.method.variants is not None
-    recipe = recipe_of(experiment, run).fingerprint
+    variants = variants_id(experiment, run)
     return digest(
-        {"data": experiment.data, "n": run.size, "seed": run.seed, "recipe": recipe, "k": run.method.variants.k}
+        {"data": experiment.data, "n": run.size, "seed": run.seed, "variants": variants, "k": run.method.variants.k}
         | {"judge": experiment.judge, "judged": experiment.judged}
     )
 
@@ -308,10 +320,12 @@ def run_all(experiment: Experiment, runs: list[Run], jobs: int) -> tuple[int, in
     return len(todo), len(names) - len(todo)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def plan(args: argparse.Namespace) -> tuple[Experiment, list[Run]]:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: a method is unknown.
+    """
     defaults = Variants(
         prompt=args.prompt,
         guidance=(args.guidance[0], args.guidance[1]),
@@ -320,10 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         k=args.k,
         p=args.p,
     )
-    try:
-        methods = [parse_method(name, defaults) for name in expand(args.methods)]
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    methods = [parse_method(name, defaults) for name in expand(args.methods)]
     training = Training(
         args.model, args.pretrained, args.steps, args.batch_size, args.size, args.optimizer, args.lr, args.weight_decay,
         args.smoothing, args.dtype,
@@ -337,6 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure=args.measure,
         training=training,
         generator=args.generator,
+        generator_dtype=args.generator_dtype,
         recipe_settings=tuple((name, value) for name, value in settings.items() if value is not None),
         device=args.device,
         workers=args.workers,
@@ -344,7 +356,17 @@ def main(arguments: list[str] | None = None) -> None:
         judge=args.judge,
         judged=args.judged,
     )
-    runs = [Run(n, seed, method) for n in args.n for seed in args.seeds for method in methods]
+    return experiment, [Run(n, seed, method) for n in args.n for seed in args.seeds for method in methods]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        experiment, runs = plan(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     started = time.perf_counter()
     done, skipped = run_all(experiment, runs, args.jobs)
     print(f"{done} runs done, {skipped} were there already, {time.perf_counter() - started:.0f} s")
@@ -393,6 +415,7 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     variants = Variants()
     add("--generator", default="tiny", help="tiny, or a diffusers checkpoint")
+    add("--generator-dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, half precision on a GPU")
     add("--generator-steps", type=int, help="num_inference_steps of the recipe; default: the model's preset")
     add("--sampler", help="default: the model's preset")
     add("--resolution", type=int, help="default: the model's preset")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from sgid_transforms import CaptionStore, Recipe, SGIDAugment, VariantStore
@@ -32,10 +33,11 @@ class Subset:
         folder: where both are kept; nothing else may be in there.
         images: the images, with their labels and class names.
         device: where models run.
+        dtype: of the generator; ``None``: what suits the device.
     """
 
-    def __init__(self, folder: Path, images: Labelled, device: str = "cpu") -> None:
-        self.folder, self.images, self.device = folder, images, device
+    def __init__(self, folder: Path, images: Labelled, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        self.folder, self.images, self.device, self.dtype = folder, images, device, dtype
         folder.mkdir(parents=True, exist_ok=True)
         # Without fsync: a power cut may cost variants, which are then made again.
         self.variants = VariantStore(folder / "variants", fsync=False)
@@ -81,7 +83,9 @@ class Subset:
         if not jobs:
             return 0
         clip = sgid.scorer if isinstance(sgid.scorer, str) else None
-        maker = MakerSpec(sgid.recipe, self.variants, self.captions, device=self.device, clip=clip).build()
+        options = {} if self.dtype is None else {"dtype": self.dtype}
+        spec = MakerSpec(sgid.recipe, self.variants, self.captions, device=self.device, clip=clip, options=options)
+        maker = spec.build()
         rejected = 0
         with tqdm(total=len(jobs), desc="variants", unit="img", disable=not progress) as bar:
             for start in range(0, len(jobs), _CHUNK):

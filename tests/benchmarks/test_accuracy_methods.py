@@ -1,0 +1,84 @@
+"""Names of methods, and the recipes and transforms that they stand for."""
+
+import pytest
+import torch
+from classification.methods import CLASSIC, GROUPS, Variants, batch_policy, expand, image_policy, parse_method
+from torchvision.transforms import v2
+
+from sgid_transforms import SimilarityGuidance
+
+DEFAULTS = Variants(guidance=(2.0, 6.0), strength=(0.3, 0.7), k=5, p=0.6)
+
+
+def test_a_name_with_options_changes_those_alone():
+    method = parse_method("sgid:k=4,p=0.3,strength=0.2-0.5,filter=none+cutmix", DEFAULTS)
+    assert method.classic == "cutmix"
+    assert method.variants == Variants(guidance=(2.0, 6.0), strength=(0.2, 0.5), filter="none", k=4, p=0.3)
+    assert parse_method("mixup", DEFAULTS).variants is None
+
+
+def test_recipes_say_what_the_names_say():
+    def recipe(name):
+        return parse_method(name, DEFAULTS).variants.recipe("tiny", seed=3)
+
+    sgid = recipe("sgid")
+    assert sgid.guidance == SimilarityGuidance(2.0, 6.0)
+    assert (sgid.prompt, sgid.strength, sgid.seed) == ("a photo of a {label}, {caption}", (0.3, 0.7), 3)
+    assert sgid.filters.label_check == "argmax"
+    assert recipe("sgid:guidance=reverse").guidance == SimilarityGuidance(2.0, 6.0, reverse=True)
+    assert recipe("sgid:guidance=fixed").guidance == 4.0
+    assert recipe("sgid:guidance=1").guidance == 1.0
+    assert recipe("sgid:prompt=caption").prompt == "{caption}"
+    real = recipe("real-guidance")
+    assert (real.prompt, real.guidance) == ("a photo of a {label}", 4.0)
+    assert real == recipe("sgid:prompt=label,guidance=fixed")
+
+
+def test_each_ablation_is_another_experiment():
+    methods = [parse_method(name, Variants()) for name in GROUPS["ablations"]]
+    settings = {(m.variants.recipe("tiny", 0).fingerprint, m.variants.k, m.variants.p) for m in methods}
+    sgid = parse_method("sgid", Variants()).variants
+    assert len(settings) == len(methods)
+    assert (sgid.recipe("tiny", 0).fingerprint, sgid.k, sgid.p) not in settings
+
+
+def test_groups_are_expanded_once():
+    assert expand(["none", "classic", "sgid", "generated"]) == [*CLASSIC, "sgid", "real-guidance"]
+    assert all(parse_method(name, DEFAULTS).classic != "none" for name in expand(["combined"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("magic", "method 'magic' is unknown"),
+        ("none+mixup", "unknown"),
+        ("sgid+none", "unknown"),
+        ("sgid:size=3", "option 'size=3'"),
+        ("sgid:k=0", "cannot be read"),
+        ("sgid:p=1.5", "cannot be read"),
+        ("sgid:prompt=poem", "cannot be read"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_its_reason(name, words):
+    with pytest.raises(ValueError, match=words):
+        parse_method(name, DEFAULTS)
+
+
+def test_classic_methods_are_torchvisions():
+    kinds = {
+        "autoaugment": v2.AutoAugment,
+        "randaugment": v2.RandAugment,
+        "trivialaugment": v2.TrivialAugmentWide,
+        "augmix": v2.AugMix,
+    }
+    for name in CLASSIC:
+        policy = image_policy(name, small=True)
+        assert type(policy) is kinds.get(name, type(None))
+    assert image_policy("autoaugment", small=True).policy == v2.AutoAugmentPolicy.CIFAR10
+    assert image_policy("autoaugment", small=False).policy == v2.AutoAugmentPolicy.IMAGENET
+    for name, kind in (("mixup", v2.MixUp), ("cutmix", v2.CutMix)):
+        mix = batch_policy(name, 3)
+        assert type(mix) is kind
+        _, labels = mix(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
+        torch.testing.assert_close(labels.sum(1), torch.ones(4))
+    assert batch_policy("randaugment", 3) is None
