@@ -24,15 +24,3 @@ def test_the_usage_example_runs_as_printed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "variants").rglob("*.*"))) > 0
     assert "seen=8" in done.stdout
-
-
-def test_every_link_into_the_repository_leads_somewhere():
-    root = README.parent
-    pages = [README, *sorted((root / "docs").rglob("*.md"))]
-    missing = [
-        f"{page.name}: {target}"
-        for page in pages
-        for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", page.read_text())
-        if not (page.parent / target).exists()
-    ]
-    assert not missing

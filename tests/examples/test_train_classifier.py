@@ -1,0 +1,56 @@
+import re
+
+import pytest
+from example_run import run
+
+from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
+from sgid_transforms.variants.store import VariantStore
+
+SMALL = ("--arch", "mobilenet_v3_small", "--epochs", 1, "--batch-size", 4, "--workers", 1)
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """A training on images of every size and kind, with broken files among them; every image is to be replaced."""
+    folder = tmp_path_factory.mktemp("own")
+    own_folder(folder / "data")
+    return folder, run("train_classifier.py", folder, "--data", "data", "-p", 1, "-k", 1, "--mix", *SMALL)
+
+
+def test_an_own_folder_trains_and_what_cannot_be_used_is_listed(own_run):
+    _, done = own_run
+    assert done.returncode == 3, done.stderr
+    for name, reason in BROKEN.items():
+        assert any(name in line and reason in line for line in done.stderr.splitlines())
+    assert "empty_class: it is a class folder without images" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"epoch 1/1: loss \d+\.\d{3}, accuracy \d+\.\d% on 2 images", done.stdout)
+
+
+def test_the_workers_got_variants_from_the_service(own_run):
+    folder, done = own_run
+    # Ten files, one of them a duplicate; every fourth is kept for testing, and the last batch may be dropped.
+    trained = re.search(r"SGID: (\d+) seen, (\d+) gated, (\d+) hits, (\d+) misses", done.stdout)
+    seen, gated, hits, misses = map(int, trained.groups())
+    assert seen == gated == hits + misses >= 4
+    assert 0 < VariantStore(folder / "variants", readonly=True).count() == misses <= GOOD
+
+
+def test_without_variants_no_model_and_no_store_is_touched(tmp_path):
+    plain_folder(tmp_path / "data", 4)
+    plain_folder(tmp_path / "test", 1)
+    done = run("train_classifier.py", tmp_path, "--data", "data", "--test", "test", "-p", 0, *SMALL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "accuracy" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "test"]
+
+
+def test_mistakes_are_answered_in_a_sentence(tmp_path):
+    done = run("train_classifier.py", tmp_path, "--data", "nowhere")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: nowhere does not exist")
+    plain_folder(tmp_path / "data", 2)
+    (tmp_path / "test" / "bird").mkdir(parents=True)
+    picture(1).save(tmp_path / "test" / "bird" / "1.png")
+    done = run("train_classifier.py", tmp_path, "--data", "data", "--test", "test", "-p", 0)
+    assert (done.returncode, "other classes" in done.stderr) == (1, True)
