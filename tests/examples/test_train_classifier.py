@@ -1,9 +1,11 @@
+import importlib.util
 import re
 
 import pytest
-from example_run import run
+from example_run import EXAMPLES, run
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
+from sgid_transforms.errors import SGIDError
 from sgid_transforms.variants.store import VariantStore
 
 SMALL = ("--arch", "mobilenet_v3_small", "--epochs", 1, "--batch-size", 4, "--workers", 1)
@@ -36,21 +38,31 @@ def test_the_workers_got_variants_from_the_service(own_run):
     assert 0 < VariantStore(folder / "variants", readonly=True).count() == misses <= GOOD
 
 
-def test_without_variants_no_model_and_no_store_is_touched(tmp_path):
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """The program's ``main``, in this process and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("train_classifier", EXAMPLES / "train_classifier.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(one) for one in (*arguments, *SMALL[:-2], "--workers", 0)])
+
+
+def test_without_variants_no_model_and_no_store_is_touched(example, tmp_path, capsys):
     plain_folder(tmp_path / "data", 4)
     plain_folder(tmp_path / "test", 1)
-    done = run("train_classifier.py", tmp_path, "--data", "data", "--test", "test", "-p", 0, *SMALL)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "accuracy" in done.stdout
+    assert example("--data", "data", "--test", "test", "-p", 0) == 0
+    out, err = capsys.readouterr()
+    assert "accuracy" in out
+    assert err == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "test"]
 
 
-def test_mistakes_are_answered_in_a_sentence(tmp_path):
-    done = run("train_classifier.py", tmp_path, "--data", "nowhere")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("error: nowhere does not exist")
+def test_mistakes_are_answered_in_a_sentence(example, tmp_path):
+    with pytest.raises(SGIDError, match="nowhere does not exist"):
+        example("--data", "nowhere")
     plain_folder(tmp_path / "data", 2)
     (tmp_path / "test" / "bird").mkdir(parents=True)
     picture(1).save(tmp_path / "test" / "bird" / "1.png")
-    done = run("train_classifier.py", tmp_path, "--data", "data", "--test", "test", "-p", 0)
-    assert (done.returncode, "other classes" in done.stderr) == (1, True)
+    with pytest.raises(SystemExit, match="other classes"):
+        example("--data", "data", "--test", "test", "-p", 0)

@@ -88,6 +88,13 @@ def test_small_images_are_embedded_to_the_pixel_and_large_ones_scaled_down():
     assert Image.open(io.BytesIO(base64.b64decode(large.src.partition(",")[2]))).size == (192, 120)
 
 
+def test_a_figure_that_rounds_to_zero_has_no_sign(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
+    captions.set_similarities({image_key(near("red", 0, 0.0)): -0.004})
+    write_report(tmp_path / "report.html", captions, variants, recipe, originals=tmp_path / "data")
+    assert "caption similarity 0.00" in read(tmp_path / "report.html")
+
+
 def image(key, scores, label="cat"):
     variants = [
         VariantFacts(

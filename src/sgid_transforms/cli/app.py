@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, NoReturn
@@ -64,6 +65,8 @@ def _options(
 
 def main() -> NoReturn:
     """The console script: what a user did wrong is told in a sentence, a bug keeps its traceback."""
+    # What the libraries below have to say to each other; our own warnings, and a bug in our code, still show.
+    warnings.filterwarnings("ignore", module=r"(huggingface_hub|diffusers|transformers|accelerate|torch)\b")
     logging.basicConfig(format="sgid: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         app(prog_name="sgid")

@@ -41,7 +41,7 @@ def command(
     if json:
         say_json({"ok": not problems, "checks": found})
     else:
-        say(f"\n{len(problems)} problems" if problems else "\nno problems")
+        say(f"\n{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
     if problems:
         raise typer.Exit(codes.ERROR)
 

@@ -171,7 +171,7 @@ def _template() -> Any:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_printable, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
+    environment.filters["fixed"] = lambda value, digits: f"{round(value, digits) + 0.0:.{digits}f}"  # never -0.00
     environment.filters["short"] = lambda text, limit: text if len(text) <= limit else f"{text[: limit - 1]}…"
     return environment.from_string(_own_file("report.html.j2"))
 

@@ -1,0 +1,84 @@
+"""Commands that need real models, with the bundled ones; what these models make of a picture does not matter here."""
+
+import json
+from collections import namedtuple
+
+import pytest
+from PIL import Image
+
+from image_folders import plain_folder
+from sgid_transforms.cli import checks
+from sgid_transforms.recipe import Recipe
+
+SMALL = ("-k", 1, "--batch-size", 4)
+
+
+def checks_by_name(out):
+    return {check["name"]: check for check in json.loads(out)["checks"]}
+
+
+def test_generate_report_and_preview(sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2, ("frog", "ship"))
+    Recipe(strength=0.4, num_inference_steps=5).to_toml(tmp_path / "r.toml")
+    code, out, err = sgid("generate", "data", "--recipe", "r.toml", *SMALL)
+    assert (code, "4 wanted: 4 made now" in out, "note:" in err) == (0, True, False)
+
+    code, out, _ = sgid("report", "--recipe", "r.toml", "--json", "--title", "Mine", "--out", "pages/mine.html")
+    figures = json.loads(out)["figures"]
+    assert (code, figures["originals_in_store"], figures["variants_in_store"], figures["scorer"]) == (0, 4, 4, "tiny")
+    assert 0 <= figures["overall"]["agreement"] <= 1
+    page = (tmp_path / "pages" / "mine.html").read_text()
+    assert page.count("<article") == 4
+    assert "<title>Mine</title>" in page
+    code, out, _ = sgid("report", "--recipe", "r.toml", "--scorer", "none")
+    assert (code, out) == (0, "4 originals with 4 variants: report.html\n")
+
+    picture = "data/frog/0.png"
+    code, out, _ = sgid("preview", picture, "--label", "frog", "--recipe", "r.toml", "--strengths", "0.4,1", "--guidances", "3")
+    assert (code, "prompt: a photo of a frog" in out) == (0, True)
+    with Image.open(tmp_path / "preview.png") as sheet:
+        assert sheet.width == 3 * 134 + 6  # the original and two strengths
+        assert 134 < sheet.height < 2 * 134  # one row
+    code, out, _ = sgid("preview", picture, "--label", "frog", "--caption", "green on a leaf", "--out", "new/sheet.webp")
+    assert (code, "prompt: a photo of a frog, green on a leaf" in out) == (0, True)
+    with Image.open(tmp_path / "new" / "sheet.webp") as sheet:
+        assert sheet.width == 5 * 134 + 6
+
+
+def test_doctor_finds_everything_in_order_here(sgid, tmp_path):
+    code, out, _ = sgid("doctor", "--json")
+    found = checks_by_name(out)
+    assert {"python", "torch", "diffusers", "typer", "cpu", "cuda", "attention", "xformers", "disk", "hub", "model"} <= set(
+        found
+    )
+    assert "loads and makes a picture" in found["model"]["detail"]
+    assert "kernel" in found["attention"]["detail"]
+    problems = [check for check in json.loads(out)["checks"] if check["status"] == "problem"]
+    assert (code == 0) == json.loads(out)["ok"] == (not problems)
+    assert all(check["advice"] for check in problems)
+    assert list(tmp_path.iterdir()) == []  # it writes nothing
+
+
+def test_doctor_says_what_to_do_about_each_problem(sgid, tmp_path, monkeypatch):
+    version = checks._version
+    monkeypatch.setattr(checks, "_version", {"torch": "2.0.1", "tqdm": None}.get)
+    old = {check.name: check for check in checks.versions()}
+    assert (old["torch"].status, "older than" in old["torch"].detail) == ("problem", True)
+    assert (old["tqdm"].status, old["tqdm"].advice.startswith("pip install 'tqdm>=")) == ("problem", True)
+    monkeypatch.setattr(checks, "_version", version)
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**6))
+    (tmp_path / "captions.sqlite").write_text("no database, but long enough to be looked at " * 100)
+    code, out, _ = sgid("doctor", "--model", "./no/such/model")
+    assert code == 1
+    lines = out.splitlines()
+    for name, advice in (("disk:", "make room"), ("captions:", "--captions"), ("model:", "check the name")):
+        index = next(number for number, line in enumerate(lines) if line.startswith(f"problem  {name}"))
+        assert advice in lines[index + 1]
+    assert lines[-1] == "5 problems"
+
+
+@pytest.mark.parametrize(("found", "least", "older"), [("2.14.1+cu130", "2.6", False), ("0.9.9", "0.15", True)])
+def test_versions_compare_as_numbers(found, least, older):
+    assert (checks._numbers(found) < checks._numbers(least)) == older
