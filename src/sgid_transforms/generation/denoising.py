@@ -54,6 +54,8 @@ class Denoiser:
         row_sizes: row counts to which calls are padded; none: no padding.
 
     Attributes:
+        device: where the pipeline ran when it was last located.
+        dtype: of the UNet at that time.
         calls: calls of the UNet so far.
         rows: rows that these evaluated for samples.
         padded_rows: rows that were added to reach a row size.
@@ -69,12 +71,13 @@ class Denoiser:
         self._row_sizes = sorted(row_sizes)
         self._embeds_guidance = pipeline.unet.config.time_cond_proj_dim is not None
         self.limit = limit
+        self.locate()
         self.calls = self.rows = self.padded_rows = self.capacity = 0
 
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline runs."""
-        return torch.device(self._pipeline._execution_device)
+    def locate(self) -> None:
+        """Look up ``device`` and ``dtype``: diffusers walks over all modules for each, which is too slow for every step."""
+        self.device = torch.device(self._pipeline._execution_device)
+        self.dtype: torch.dtype = self._pipeline.unet.dtype
 
     def step(self, active: list[Sample]) -> list[tuple[Tensor, Tensor]]:
         """One step for each sample: its new latents and its estimate of the clean ones."""
@@ -115,16 +118,16 @@ class Denoiser:
         kwargs: dict[str, Any] = {}
         if self._embeds_guidance:
             scales = torch.tensor([s.request.guidance_scale for s in active], device=x.device)
-            kwargs["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim).to(unet.dtype)[order]
+            kwargs["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim).to(self.dtype)[order]
         if unet.config.addition_embed_type == "text_time":
             aesthetic = bool(self._pipeline.config.get("requires_aesthetics_score", False))
             ids = [time_ids(active[0].size, aesthetic=aesthetic, negative=n) for n in negative]
             kwargs["added_cond_kwargs"] = {
                 "text_embeds": torch.stack([e.pooled for e in embeddings if e is not None and e.pooled is not None]),
-                "time_ids": torch.tensor(ids, device=x.device, dtype=unet.dtype),
+                "time_ids": torch.tensor(ids, device=x.device, dtype=self.dtype),
             }
         output: Tensor = unet(
-            x.to(unet.dtype)[order].contiguous(memory_format=self._format),
+            x.to(self.dtype)[order].contiguous(memory_format=self._format),
             timestep[order],
             encoder_hidden_states=torch.stack([e.sequence for e in embeddings if e is not None]),
             return_dict=False,

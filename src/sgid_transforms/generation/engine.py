@@ -205,6 +205,7 @@ class NativeEngine:
                 results[index] = error
             else:
                 buckets.setdefault(sample.size, deque()).append(sample)
+        self._denoiser.locate()
         with torch.no_grad(), torch.autocast(self._denoiser.device.type, enabled=False):
             for waiting in buckets.values():
                 self._run_bucket(waiting, results)
