@@ -134,12 +134,10 @@ def measure(ways: Sequence[str], args: argparse.Namespace, folder: Path) -> Iter
             loader = loader_of(SGIDDataset(plain, sgid, transform_of(args.size)), args)
             figures = train(loader, len(plain.classes), args)
         stats = sgid.stats()
-        yield {
-            "way": way,
-            **figures,
-            "replaced": (stats.hits + stats.generated) / stats.seen if on_miss != "queue" else stats.hits / stats.seen,
-            "generated": stats.generated,
-        }
+        replaced = stats.hits
+        if on_miss == "generate":  # all that were gated, but for those that have no variant
+            replaced = stats.gated - stats.filtered - stats.failed - stats.unavailable
+        yield {"way": way, **figures, "replaced": replaced / stats.seen, "generated": stats.generated}
 
 
 def fill(dataset: Any, args: argparse.Namespace, store: Path) -> None:
