@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,13 @@ class ExportReport:
 
 
 def export_folder(
-    scan: Scan, recipe: Recipe, variants: VariantStore, out: str | os.PathLike[str], *, originals: bool = False
+    scan: Scan,
+    recipe: Recipe,
+    variants: VariantStore,
+    out: str | os.PathLike[str],
+    *,
+    originals: bool = False,
+    progress: Callable[[Iterable[KnownImage]], Iterable[KnownImage]] = iter,
 ) -> ExportReport:
     """Copy the variants of a folder's images to ``out/<class folder>/<stem>-<key>-<number>.<ending>``.
 
@@ -47,6 +53,7 @@ def export_folder(
         variants: where they are.
         out: new, empty, or an earlier export of the same recipe.
         originals: copy the originals, too, under their own names.
+        progress: wraps the images while they are walked through, as ``tqdm`` does.
 
     Raises:
         FolderError: ``out`` holds something else, or overlaps with the images, or cannot be written.
@@ -60,7 +67,7 @@ def export_folder(
     lines: list[dict[str, Any]] = []
     counts = {"variants": 0, "images": 0, "originals": 0}
     try:
-        for image in scan.images:
+        for image in progress(scan.images):
             found = list(_variants_of(image, recipe, variants, numbers.get(image.key, [])))
             counts["images"] += bool(found)
             if originals:

@@ -8,7 +8,7 @@ import pytest
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from sgid_transforms.cli.notes import tiny_note
-from sgid_transforms.cli.output import duration, size
+from sgid_transforms.cli.output import bar, duration, size
 from sgid_transforms.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
@@ -181,6 +181,28 @@ def test_durations(seconds, text):
 @pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (12_345_678, "12.3 MB"), (5e15, "5000.0 TB")])
 def test_sizes(count, text):
     assert size(count) == text
+
+
+def test_ctrl_c_where_nothing_is_at_stake_ends_without_a_traceback(fake_sgid, monkeypatch, tmp_path):
+    plain_folder(tmp_path / "data", 1)
+
+    def interrupted(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgid_transforms.jobs.scan_folder", interrupted)
+    code, _, err = fake_sgid("export", "data", "out")
+    assert (code, "Traceback" in err) == (130, False)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_bar_shows_only_where_something_takes_longer_than_a_second(capsys, monkeypatch, quiet):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    assert list(bar("checking", "file", quiet)(range(3))) == [0, 1, 2]
+    assert "checking" not in capsys.readouterr().err
+    for _ in bar("checking", "file", quiet)(range(3)):
+        now[0] += 2.0
+    assert ("checking" in capsys.readouterr().err) == (not quiet)
 
 
 def test_a_bug_keeps_its_traceback(fake_sgid, monkeypatch, tmp_path):

@@ -6,8 +6,9 @@ from collections import namedtuple
 import pytest
 from PIL import Image
 
-from image_folders import plain_folder
+from image_folders import BROKEN, GOOD, own_folder, plain_folder
 from sgid_transforms.cli import checks
+from sgid_transforms.images import load_image
 from sgid_transforms.recipe import Recipe
 
 SMALL = ("-k", 1, "--batch-size", 4)
@@ -43,6 +44,26 @@ def test_generate_report_and_preview(sgid, tmp_path):
     assert (code, "prompt: a photo of a frog, green on a leaf" in out) == (0, True)
     with Image.open(tmp_path / "new" / "sheet.webp") as sheet:
         assert sheet.width == 5 * 134 + 6
+
+
+def test_a_new_users_path_with_files_of_every_kind(sgid, tmp_path):
+    own_folder(tmp_path / "data")
+    code, out, err = sgid("generate", "data", *SMALL)
+    assert code == 3
+    assert f"{GOOD} wanted: {GOOD} made now" in out
+    for name, reason in BROKEN.items():
+        assert any(name in line and reason in line for line in out.splitlines())
+    assert "empty_class" in out
+    assert err.count("the bundled model 'tiny' knows") == 1
+    assert "600 x 400 pixels" in err
+    code, out, _ = sgid("report", "--json", "--out", "own.html")
+    figures = json.loads(out)["figures"]
+    assert (code, figures["variants_in_store"], figures["overall"]["originals"]) == (0, GOOD, GOOD)
+    assert "original not found" not in (tmp_path / "own.html").read_text()
+    code, out, _ = sgid("export", "data", "out", "--originals", "--json")
+    assert (code, json.loads(out)["report"]["variants"]) == (3, GOOD)
+    for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines():
+        assert load_image(tmp_path / "out" / json.loads(line)["file_name"]).mode == "RGB"
 
 
 def test_doctor_finds_everything_in_order_here(sgid, tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sgid_transforms.cli import codes, options
-from sgid_transforms.cli.output import list_skipped, say_json, table
+from sgid_transforms.cli.output import bar, list_skipped, say_json, table
 
 
 def command(
@@ -31,7 +31,8 @@ def command(
     wanted = options.recipe_from(recipe, model)
     names = options.class_names_from(class_names)
     store = VariantStore(variants, readonly=True)
-    done = export_folder(scan_folder(data, names, progress=not json), wanted, store, out, originals=originals)
+    scan = scan_folder(data, names, progress=not json)
+    done = export_folder(scan, wanted, store, out, originals=originals, progress=bar("copying", "img", json))
     if json:
         say_json({"out": out, "report": done})
     else:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,6 +43,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def bar(what: str, unit: str, quiet: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Wraps anything that is walked through in a progress bar, which shows when that takes longer than a second."""
+    from tqdm import tqdm
+
+    def wrap(items: Iterable[Any]) -> Iterable[Any]:
+        shown: Iterable[Any] = tqdm(items, desc=what, unit=unit, disable=quiet, delay=1)
+        return shown
+
+    return wrap
 
 
 def table(rows: Sequence[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from sgid_transforms.cli import codes, options
 from sgid_transforms.cli.notes import tiny_note
-from sgid_transforms.cli.output import fail, note, say
+from sgid_transforms.cli.output import bar, fail, note, say
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     The contact sheet shows what the recipe's two main settings do, to choose them by.
     """
     from sgid_transforms.errors import ImageError
-    from sgid_transforms.generation.requests import GenerationRequest
+    from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
     from sgid_transforms.images import load_image
     from sgid_transforms.keys import to_uint8_chw
     from sgid_transforms.prompts import build_prompt, clean_label
@@ -60,15 +60,16 @@ def command(
     tokenizer = getattr(generate, "tokenizer", None)
     limit = getattr(generate, "max_tokens", None) if tokenizer is not None else None
     prompt = build_prompt(wanted.prompt, words, caption, tokenizer=tokenizer, max_tokens=limit)
-    results = generate(
-        [
-            GenerationRequest(
-                original, prompt, wanted.negative_prompt, strength, guidance, seed, words, f"{strength:g}/{guidance:g}"
-            )
-            for guidance in rows
-            for strength in columns
-        ]
-    )
+    results: list[GenerationResult] = []
+    for guidance in bar("drawing", "row", False)(rows):
+        results += generate(
+            [
+                GenerationRequest(
+                    original, prompt, wanted.negative_prompt, strength, guidance, seed, words, f"{strength:g}/{guidance:g}"
+                )
+                for strength in columns
+            ]
+        )
     width = len(columns)
     sheet = contact_sheet(
         [[original, *(result.image for result in results[row * width : (row + 1) * width])] for row in range(len(rows))],

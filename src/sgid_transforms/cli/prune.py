@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sgid_transforms.cli import options
-from sgid_transforms.cli.output import fail, say, say_json, size
+from sgid_transforms.cli.output import bar, fail, say, say_json, size
 
 
 def command(
@@ -33,7 +33,7 @@ def command(
     removed = {name: stats.variants.get(name, 0) for name in there if name not in kept}
     freed = sum(stats.bytes.get(name, 0) for name in removed)
     if yes and removed:
-        store.prune(kept)
+        store.prune(kept, progress=bar("removing", "file", json))
     if json:
         say_json({"store": variants, "kept": sorted(kept), "removed": removed, "bytes": freed, "done": yes})
         return

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sgid_transforms.cli import options
-from sgid_transforms.cli.output import fail, say, say_json
+from sgid_transforms.cli.output import bar, fail, say, say_json
 
 
 def command(
@@ -26,8 +26,6 @@ def command(
     Originals beside their variants, label consistency and diversity by class, rejects by reason. The page is one file that
     loads nothing from anywhere. `--scorer none` leaves out what CLIP measures.
     """
-    from tqdm import tqdm
-
     from sgid_transforms.captions.similarity import CLIPScorer
     from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.errors import ImageError
@@ -59,7 +57,7 @@ def command(
         scorer=None if chosen == "none" else CLIPScorer(chosen, models.device),
         title=title,
         max_images=max_images,
-        progress=lambda keys: tqdm(keys, desc="measuring", unit="img", disable=json, delay=1),
+        progress=bar("measuring", "img", json),
     )
     store.close()
     if json:

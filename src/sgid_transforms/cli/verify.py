@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sgid_transforms.cli import codes, options
-from sgid_transforms.cli.output import fail, say, say_json
+from sgid_transforms.cli.output import bar, fail, say, say_json
 
 
 def command(
@@ -24,7 +24,7 @@ def command(
     if not variants.is_dir():
         fail(f"there is no variant store at {variants}; give its folder")
     store = VariantStore(variants, readonly=not repair)
-    report = store.verify(repair=repair)
+    report = store.verify(repair=repair, progress=bar("checking", "file", json))
     if json:
         say_json({"store": variants, "ok": report.ok, "report": report})
     else:

@@ -200,19 +200,22 @@ class VariantStore:
         self._folder.check_version()
         return upkeep.stats(self._folder)
 
-    def verify(self, repair: bool = False) -> VerifyReport:
+    def verify(self, repair: bool = False, *, progress: upkeep.Progress = upkeep.no_progress) -> VerifyReport:
         """Read and decode every file.
 
         Args:
             repair: move damaged and foreign entries to the quarantine, and remove orphaned temporary files.
+            progress: wraps the files while they are walked through, as ``tqdm`` does.
         """
         self._folder.check_version()
         if repair:
             self._folder.prepare_to_write()
             self.sweep()
-        return upkeep.verify(self._folder, repair=repair)
+        return upkeep.verify(self._folder, repair=repair, progress=progress)
 
-    def prune(self, keep: HasFingerprint | str | Iterable[HasFingerprint | str]) -> int:
+    def prune(
+        self, keep: HasFingerprint | str | Iterable[HasFingerprint | str], *, progress: upkeep.Progress = upkeep.no_progress
+    ) -> int:
         """Remove the variants and failures of all recipes but the one or those to keep; returns how many files.
 
         Only files that a store writes are removed; whatever else lies there stays, with its folder.
@@ -227,7 +230,7 @@ class VariantStore:
                 f"prune was given no recipe to keep, so that all of {self.root} would go; delete the folder for that"
             )
         self._folder.prepare_to_write()
-        return upkeep.prune(self._folder, kept)
+        return upkeep.prune(self._folder, kept, progress)
 
     def merge(self, other: "VariantStore | str | os.PathLike[str]") -> int:
         """Copy the variants and failures of another store that this one lacks; returns how many files.

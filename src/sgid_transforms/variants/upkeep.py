@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sgid_transforms.variants import codec, container, failures, files, naming
 from sgid_transforms.variants.codec import UndecodableImageError
@@ -54,6 +55,15 @@ class VerifyReport:
         return not self.damaged and not self.foreign
 
 
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+"""Wraps the files of a store while they are walked through, as ``tqdm`` does."""
+
+
+def no_progress(files: Iterable[Any]) -> Iterable[Any]:
+    """The files, unwrapped."""
+    return files
+
+
 def stats(folder: StoreFolder) -> StoreStats:
     """Count everything in a store."""
     variants: dict[str, int] = {}
@@ -71,12 +81,12 @@ def stats(folder: StoreFolder) -> StoreStats:
     return StoreStats(variants, failed, sizes, quarantined, temporary)
 
 
-def verify(folder: StoreFolder, *, repair: bool) -> VerifyReport:
+def verify(folder: StoreFolder, *, repair: bool, progress: Progress = no_progress) -> VerifyReport:
     """Read and decode every file of a store; with ``repair``, move what is not in order to the quarantine."""
     checked = repaired = 0
     damaged: list[Path] = []
     foreign: list[Path] = []
-    for fingerprint, path, name in folder.walk():
+    for fingerprint, path, name in progress(folder.walk()):
         if name is None:
             foreign.append(Path(path))
             problem: str | None = "its name is none that a store gives"
@@ -90,7 +100,7 @@ def verify(folder: StoreFolder, *, repair: bool) -> VerifyReport:
     return VerifyReport(checked, tuple(damaged), tuple(foreign), repaired)
 
 
-def prune(folder: StoreFolder, keep: Collection[str]) -> int:
+def prune(folder: StoreFolder, keep: Collection[str], progress: Progress = no_progress) -> int:
     """Remove the files of all recipes but ``keep``, and the folders that this leaves empty; returns how many files.
 
     Never removes a tree: what no store writes stays, and so does its folder.
@@ -99,7 +109,7 @@ def prune(folder: StoreFolder, keep: Collection[str]) -> int:
     for fingerprint in folder.fingerprints():
         if fingerprint in keep:
             continue
-        for _, path, name in folder.walk(fingerprint):
+        for _, path, name in progress(folder.walk(fingerprint)):
             if name is not None:
                 folder.remove(path)
                 removed += 1
