@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -38,6 +39,13 @@ def test_the_whole_way_and_a_second_call_that_has_nothing_to_do(sgid, tmp_path, 
     assert code == 0
     assert "0 captions and 0 variants made, 12 variants were there" in out
     assert "done before" in out
+
+
+def test_a_missing_package_is_known_before_the_work(sgid, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    code, _, err = sgid("demo", "--out", "here")
+    assert (code, "pip install 'sgid-transforms[report]'" in err) == (1, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_images_that_test_are_never_trained_on(samples):

@@ -39,8 +39,10 @@ def command(
     from sgid_transforms.cli.demo_training import split
     from sgid_transforms.jobs import generate_folder, scan_folder
     from sgid_transforms.recipe import Recipe
+    from sgid_transforms.report.html import check_extra
     from sgid_transforms.variants.store import VariantStore
 
+    check_extra()  # before the work rather than in the middle of it
     out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.for_model("tiny")
     captions, variants = CaptionStore(out / "captions.sqlite"), VariantStore(out / "variants")

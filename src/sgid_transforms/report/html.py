@@ -78,7 +78,7 @@ def write_report(
     for name, value in (("max_images", max_images), ("max_side", max_side)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    _check_extra()
+    check_extra()
     facts = survey(
         captions,
         variants,
@@ -157,7 +157,8 @@ def _pictures(reader: Reader, chosen: Sequence[ImageFacts], max_side: int) -> di
     return pictures
 
 
-def _check_extra() -> None:
+def check_extra() -> None:
+    """Raise :class:`ReportError` if a package of the ``report`` extra is missing."""
     for name in ("jinja2", "matplotlib"):
         try:
             import_module(name)
