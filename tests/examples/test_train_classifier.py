@@ -2,6 +2,7 @@ import importlib.util
 import re
 
 import pytest
+import torch
 from example_run import EXAMPLES, run
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
@@ -45,13 +46,24 @@ def example(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("train_classifier", EXAMPLES / "train_classifier.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(one) for one in (*arguments, *SMALL[:-2], "--workers", 0)])
+    return module
+
+
+def main(example, *arguments):
+    return example.main([str(one) for one in (*arguments, *SMALL[:-2], "--workers", 0)])
+
+
+@pytest.mark.parametrize(("size", "stride"), [(32, 1), (224, 2)])
+def test_small_images_get_a_stem_that_leaves_something_of_them(example, size, stride):
+    model = example.model_for("resnet18", 3, size).eval()
+    assert model.conv1.stride == (stride, stride)
+    assert model(torch.zeros(1, 3, size, size)).shape == (1, 3)
 
 
 def test_without_variants_no_model_and_no_store_is_touched(example, tmp_path, capsys):
     plain_folder(tmp_path / "data", 4)
     plain_folder(tmp_path / "test", 1)
-    assert example("--data", "data", "--test", "test", "-p", 0) == 0
+    assert main(example, "--data", "data", "--test", "test", "-p", 0) == 0
     out, err = capsys.readouterr()
     assert "accuracy" in out
     assert err == ""
@@ -60,9 +72,9 @@ def test_without_variants_no_model_and_no_store_is_touched(example, tmp_path, ca
 
 def test_mistakes_are_answered_in_a_sentence(example, tmp_path):
     with pytest.raises(SGIDError, match="nowhere does not exist"):
-        example("--data", "nowhere")
+        main(example, "--data", "nowhere")
     plain_folder(tmp_path / "data", 2)
     (tmp_path / "test" / "bird").mkdir(parents=True)
     picture(1).save(tmp_path / "test" / "bird" / "1.png")
     with pytest.raises(SystemExit, match="other classes"):
-        example("--data", "data", "--test", "test", "-p", 0)
+        main(example, "--data", "data", "--test", "test", "-p", 0)
