@@ -25,6 +25,16 @@ except ImportError:  # pragma: no cover (not a POSIX system: one process at a ti
 _VERSION = 0  # index of the settings' version in the file's first row
 _ROWS = 1024  # processes alive at one time; rows of ended ones are folded into row 1 and used again
 _RETIRED = 1
+_forks = 0  # between this process and the one that imported the module: to ask the system for the id costs more than to count
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
 
 
 class SharedState:
@@ -57,7 +67,7 @@ class SharedState:
     def add(self, name: str, count: int = 1) -> None:
         """Count; exact also with threads."""
         index = self._index[name]
-        if self._row_pid != os.getpid():
+        if self._row_forks != _forks:
             self._claim_row()
         with self._thread_lock:
             self._cells[self._row * self._width + index] += count
@@ -109,7 +119,7 @@ class SharedState:
         with open(os.path.join(self._path, "counters"), "r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         self._cells = memoryview(self._map).cast("q")
-        self._row = self._row_pid = -1
+        self._row = self._row_forks = -1
         self._seen_version = -1
         self._thread_lock = threading.Lock()
 
@@ -132,7 +142,7 @@ class SharedState:
             self._row = next(iter(free), _RETIRED + 1 + pid % (_ROWS - _RETIRED - 1))
             self._fold(self._row)
             self._cells[self._row * self._width] = pid
-        self._row_pid = pid
+        self._row_forks = _forks
 
     def _fold(self, row: int) -> None:
         """Move a row's counts to the row of the ended processes."""
