@@ -67,6 +67,8 @@ class Experiment:
     training: Training
     generator: str
     generator_dtype: str
+    captioner: str
+    scorer: str
     recipe_settings: tuple[tuple[str, Any], ...]
     device: str
     workers: int
@@ -112,7 +114,13 @@ def recipe_of(experiment: Experiment, run: Run) -> Any:
 
 def variants_id(experiment: Experiment, run: Run) -> str:
     """What tells a run's variants from others of the same images."""
-    return f"{recipe_of(experiment, run).fingerprint} {experiment.generator_dtype}"
+    return f"{recipe_of(experiment, run).fingerprint} {outside_recipe(experiment)}"
+
+
+def outside_recipe(experiment: Experiment) -> str:
+    """What changes pixels and is no part of a recipe: each has stores of its own."""
+    models = (experiment.captioner, experiment.scorer)
+    return experiment.generator_dtype + ("" if models == ("auto", "auto") else f"-{digest({'models': models})}")
 
 
 @cache
@@ -122,10 +130,14 @@ def task_of(data: str, root: str, download: bool) -> Task:
 
 
 def subset_of(experiment: Experiment, run: Run, pool: Pool, indices: list[int]) -> Subset:
-    # A dtype is no part of a recipe, although it changes pixels a little: each has its own folder.
-    name = f"{Path(experiment.data).name}-n{run.size}-s{run.seed}-{experiment.generator_dtype}"
+    name = f"{Path(experiment.data).name}-n{run.size}-s{run.seed}-{outside_recipe(experiment)}"
     return Subset(
-        experiment.out / "subsets" / name, Labelled(pool, indices), experiment.device, DTYPES[experiment.generator_dtype]
+        experiment.out / "subsets" / name,
+        Labelled(pool, indices),
+        device=experiment.device,
+        dtype=DTYPES[experiment.generator_dtype],
+        captioner=experiment.captioner,
+        scorer=experiment.scorer,
     )
 
 
@@ -349,6 +361,8 @@ def plan(args: argparse.Namespace) -> tuple[Experiment, list[Run]]:
         training=training,
         generator=args.generator,
         generator_dtype=args.generator_dtype,
+        captioner=args.captioner,
+        scorer=args.scorer,
         recipe_settings=tuple((name, value) for name, value in settings.items() if value is not None),
         device=args.device,
         workers=args.workers,
@@ -416,6 +430,8 @@ def _parser() -> argparse.ArgumentParser:
     variants = Variants()
     add("--generator", default="tiny", help="tiny, or a diffusers checkpoint")
     add("--generator-dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, half precision on a GPU")
+    add("--captioner", default="auto", help="auto: bundled for tiny, else BLIP; or an id or a folder")
+    add("--scorer", default="auto", help="CLIP for similarity and filter; auto: bundled for tiny, else OpenAI's B/32")
     add("--generator-steps", type=int, help="num_inference_steps of the recipe; default: the model's preset")
     add("--sampler", help="default: the model's preset")
     add("--resolution", type=int, help="default: the model's preset")

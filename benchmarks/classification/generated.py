@@ -34,10 +34,21 @@ class Subset:
         images: the images, with their labels and class names.
         device: where models run.
         dtype: of the generator; ``None``: what suits the device.
+        captioner, scorer: as `SGIDAugment` takes them.
     """
 
-    def __init__(self, folder: Path, images: Labelled, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: Labelled,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        captioner: str = "auto",
+        scorer: str = "auto",
+    ) -> None:
         self.folder, self.images, self.device, self.dtype = folder, images, device, dtype
+        self.captioner, self.scorer = captioner, scorer
         folder.mkdir(parents=True, exist_ok=True)
         # Without fsync: a power cut may cost variants, which are then made again.
         self.variants = VariantStore(folder / "variants", fsync=False)
@@ -54,6 +65,8 @@ class Subset:
             on_miss="original",
             class_names=list(self.images.classes),
             device=self.device,
+            captioner=self.captioner,
+            scorer=self.scorer,
         )
 
     def make(self, recipe: Recipe, k: int, *, progress: bool = False) -> Made:

@@ -29,15 +29,15 @@ GROUPS = {
         "sgid:guidance=fixed",
         "sgid:guidance=reverse",
         "sgid:guidance=1",
-        "sgid:strength=0.2-0.4",
-        "sgid:strength=0.4-0.6",
-        "sgid:strength=0.6-0.8",
-        "sgid:strength=0.8-0.95",
+        "sgid:strength=0.3-0.5",
+        "sgid:strength=0.5-0.7",
+        "sgid:strength=0.7-0.85",
+        "sgid:strength=0.85-1",
         "sgid:k=1",
         "sgid:k=4",
+        "sgid:k=20",
         "sgid:p=0.25",
-        "sgid:p=0.5",
-        "sgid:p=0.9",
+        "sgid:p=0.75",
         "sgid:filter=none",
     ),
 }
@@ -61,10 +61,10 @@ class Variants:
     prompt: str = "both"
     guidance: tuple[float, float] = (3.0, 5.0)
     direction: str = "similarity"
-    strength: tuple[float, float] = (0.4, 0.9)
+    strength: tuple[float, float] = (0.5, 0.95)
     filter: str = "argmax"
     k: int = 10
-    p: float = 0.7
+    p: float = 0.5
 
     def recipe(self, model: str, seed: int, **settings: Any) -> Recipe:
         """The recipe by which they are made; ``settings`` are further fields of it."""
