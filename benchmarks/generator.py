@@ -12,9 +12,9 @@ Four ways:
   d  the bare limit: as many UNet, encoder and decoder evaluations as (c) needs, on full batches, with nothing around them
 
 once with one strength for all images (half of ``--images``), and once with a strength for each image, which (b) cannot do.
-The ways take turns, forwards and backwards, and ratios are medians over the rounds of the ratio within a round, so that a
-machine that gets slower or faster meets all of them. ``--check`` fails where one of the ratios that are `PROMISED` for two
-cores is missed.
+The ways take turns, forwards and backwards, (c) and (d) several times in a round, being close; a ratio is the median of the
+ratios of neighbours, so that a machine that gets slower or faster meets both. ``--check`` fails where one of the ratios that
+are `PROMISED` for two cores is missed.
 """
 
 from __future__ import annotations
@@ -149,28 +149,43 @@ def bare(pipeline: Any, rows: int, images: int, size: int, settings: Settings) -
     return run
 
 
-def measure(ways: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each way in each round; every second round goes backwards."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def measure(ways: dict[str, Callable[[], None]], rounds: int, pairs: int, device: str) -> dict[str, list[list[float]]]:
+    """Seconds of each way in each round; every second round, and every second pair of (c) and (d) in it, goes backwards."""
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(rounds)] for name in ways}
     for number in range(rounds):
-        for name in list(ways) if number % 2 == 0 else reversed(ways):
+        turns = [name for name in ways if name in "ab"]
+        for pair in range(pairs):
+            turns += "cd" if pair % 2 == 0 else "dc"
+        for name in turns if number % 2 == 0 else reversed(turns):
             started = time.perf_counter()
             ways[name]()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name][number].append(time.perf_counter() - started)
     return seconds
 
 
-def summarize(seconds: dict[str, list[float]], count: int) -> dict[str, Any]:
-    """Images per second of each way, and how many times as fast (c) is as each other one: medians over the rounds."""
-    ratios = {name: [t / own for t, own in zip(times, seconds["c"], strict=True)] for name, times in seconds.items()}
+def summarize(seconds: dict[str, list[list[float]]], count: int) -> dict[str, Any]:
+    """Images per second of each way, and how many times as fast (c) is as each other one.
+
+    (d) is compared within each pair, (a) and (b) with the median of (c) within a round; all figures are medians.
+    """
+    own = seconds["c"]
+    ratios = {
+        f"c/{name}": [
+            t / c
+            for times, cs in zip(per_round, own, strict=True)
+            for t, c in zip(times, cs if name == "d" else [median(cs)] * len(times), strict=True)
+        ]
+        for name, per_round in seconds.items()
+        if name != "c"
+    }
     return {
         "images": count,
-        "seconds": {name: [round(t, 4) for t in times] for name, times in seconds.items()},
-        "images_per_second": {name: count / median(times) for name, times in seconds.items()},
-        "ratios": {f"c/{name}": median(values) for name, values in ratios.items() if name != "c"},
-        "spread": {f"c/{name}": [min(values), max(values)] for name, values in ratios.items() if name != "c"},
+        "seconds": {name: [[round(t, 4) for t in times] for times in per_round] for name, per_round in seconds.items()},
+        "images_per_second": {name: count / median(t for times in each for t in times) for name, each in seconds.items()},
+        "ratios": {name: median(values) for name, values in ratios.items()},
+        "spread": {name: [min(values), max(values)] for name, values in ratios.items()},
     }
 
 
@@ -184,7 +199,7 @@ def print_summary(title: str, summary: dict[str, Any]) -> None:
             line += f"   c/{name} {summary['ratios'][f'c/{name}']:.2f} ({low:.2f} to {high:.2f})"
         print(line, flush=True)
     print(
-        f"     UNet rows per round: {summary['rows']}, {summary['rows_needed']} are needed; {summary['calls']} calls, "
+        f"     UNet rows per run: {summary['rows']}, {summary['rows_needed']} are needed; {summary['calls']} calls, "
         f"{summary['fill']:.0%} full",
         flush=True,
     )
@@ -213,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's own choice")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=3, help="times that (c) and (d) run in a round")
     parser.add_argument("--only", choices=("one", "each"), help="measure only one strength, or only a strength for each image")
     parser.add_argument("--check", action="store_true", help="exit with an error if a promised ratio is missed")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
@@ -257,9 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_engine(engine, same[: args.batch_size])
         bare(ours, 2 * args.batch_size, args.batch_size, size, settings)()
         before = engine.stats
-        summary = summarize(measure(ways, args.rounds, args.device), len(requests))
-        done = (engine.stats.unet_rows - before.unet_rows) // args.rounds
-        calls = (engine.stats.unet_calls - before.unet_calls) // args.rounds
+        summary = summarize(measure(ways, args.rounds, args.pairs, args.device), len(requests))
+        done = (engine.stats.unet_rows - before.unet_rows) // (args.rounds * args.pairs)
+        calls = (engine.stats.unet_calls - before.unet_calls) // (args.rounds * args.pairs)
         fill = done / (calls * 2 * args.batch_size)
         figures[scenario] = summary | {"rows": done, "rows_needed": rows, "calls": calls, "fill": round(fill, 3)}
         print_summary(titles[scenario], figures[scenario])
