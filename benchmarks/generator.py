@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's own choice")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=3, help="times that (c) and (d) run in a round")
+    parser.add_argument("--pairs", type=int, default=2, help="times that (c) and (d) run in a round")
     parser.add_argument("--only", choices=("one", "each"), help="measure only one strength, or only a strength for each image")
     parser.add_argument("--check", action="store_true", help="exit with an error if a promised ratio is missed")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
