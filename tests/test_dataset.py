@@ -248,7 +248,7 @@ def test_queue_never_stalls_the_loader(tmp_path: Path) -> None:
             for name, data in (("plain", plain), ("sgid", augmented))
         }
         # In turns, so that whatever else the machine does meets both; the best of each, as that is what it does alone.
-        for number in range(10):
+        for number in range(25):
             for name, loader in loaders.items():
                 start = time.perf_counter()
                 for _ in loader:

@@ -182,6 +182,25 @@ def test_enqueue_never_waits_and_counts_drops(tmp_path: Path) -> None:
         _until(lambda: service.client.stats()["images"] >= 3)
 
 
+def test_enqueue_does_not_wait_for_a_service_that_does_not_read(tmp_path: Path) -> None:
+    """A socket takes no more than some hundred kilobytes; a large image once held up its worker until the service read it."""
+    with GenerationService(fake_factory(tmp_path), max_wait=0) as service:
+        client = service.client
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            start = time.monotonic()
+            assert client.enqueue([Item("large", {}, bytes(8 << 20))]) == 0
+            assert client.enqueue([Item("more")]) == 1  # told at once, as the first is still under way
+            assert time.monotonic() - start < 5
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+        _until(lambda: batches(tmp_path) == [["large"]])
+        _until(lambda: client.enqueue([Item("later")]) == 0)
+        os.kill(service.pid, signal.SIGKILL)
+        with pytest.raises(ServiceError, match="is gone"):
+            _until(lambda: client.enqueue([Item("too late")]) < 0)
+
+
 def test_load_failure_is_raised_where_the_service_is_started() -> None:
     with pytest.raises(ModelLoadError, match="no weights in here"):
         GenerationService(refusing_factory("no weights in here")).start()

@@ -18,7 +18,7 @@ class _Link:
 
     def __init__(self, address: str, patience: float) -> None:
         self.pid = os.getpid()
-        self.unanswered = 0  # items of an enqueue frame whose acknowledgement was not read yet
+        self.patience = patience
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.socket.settimeout(patience)
@@ -27,9 +27,48 @@ class _Link:
             self.socket.close()
             raise
 
+    def check(self) -> None:
+        """Notice that the peer is gone, without waiting.
+
+        Raises:
+            EOFError, OSError: It is.
+        """
+        self.socket.settimeout(0)
+        try:
+            if not self.socket.recv(1, socket.MSG_PEEK):
+                raise EOFError("the connection was closed")
+        except BlockingIOError:
+            pass
+        finally:
+            self.socket.settimeout(self.patience)
+
     def __del__(self) -> None:
         # In a forked child this closes the child's copy only; the parent's connection lives on.
         self.socket.close()
+
+
+class _Delivery:
+    """One frame that nobody waits for, on its way: a thread sends it and reads its acknowledgement."""
+
+    def __init__(self, link: _Link, items: Sequence[Item]) -> None:
+        self.link = link
+        self.dropped = 0
+        self.error: Exception | None = None
+        copies = [Item(item.ident, item.meta, bytes(item.payload)) for item in items]  # the caller may go on to change its own
+        self._thread = threading.Thread(target=self._run, args=(copies,), daemon=True, name="sgid-enqueue")
+        self._thread.start()
+
+    @property
+    def under_way(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self, items: Sequence[Item]) -> None:
+        try:
+            send_frame(self.link.socket, "enqueue", items)
+            _, header, _ = recv_frame(self.link.socket)
+            self.dropped = int(header["dropped"])
+        except (OSError, EOFError, ValueError) as error:
+            self.error = error
 
 
 class ServiceClient:
@@ -47,6 +86,8 @@ class ServiceClient:
         self.address = address
         self.patience = patience
         self._local = threading.local()
+        self._delivery: _Delivery | None = None
+        self._delivery_lock, self._delivery_pid = threading.Lock(), os.getpid()
         self._full_until = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,23 +120,41 @@ class ServiceClient:
     def enqueue(self, items: Sequence[Item]) -> int:
         """Ask for items without waiting for them; returns how many are known to be dropped since the last call.
 
-        The acknowledgement is read at the next call: one frame per client is under way at most, which bounds what a
-        slow service can pile up, and this call never blocks on the service's work.
+        A thread sends them, as a socket takes no more than some hundred kilobytes before the service reads. One frame per
+        process is under way at most, which bounds what a slow service can pile up; what comes meanwhile is dropped.
 
         Raises:
             ServiceError: The service is not there.
         """
+        if self._delivery_pid != os.getpid():  # after a fork: the connection is the parent's, and so was who holds the lock
+            self._delivery = None
+            self._delivery_lock, self._delivery_pid = threading.Lock(), os.getpid()
+        if not self._delivery_lock.acquire(blocking=False):  # another thread is just asking
+            return len(items)
         try:
-            link = self._link()
-            dropped, answered = self._read_acknowledgement(link)
-            if not answered or time.monotonic() < self._full_until:
+            last = self._delivery
+            if last is not None and last.under_way:
+                return len(items)
+            self._delivery = None
+            dropped = 0
+            if last is not None:
+                if last.error is not None:
+                    raise last.error
+                dropped = last.dropped
+                if dropped:
+                    self._full_until = time.monotonic() + _FULL_PAUSE
+                    last.dropped = 0
+            if self.full:
+                self._delivery = last
                 return dropped + len(items)
-            send_frame(link.socket, "enqueue", items)
-            link.unanswered = len(items)
+            link = last.link if last is not None else _Link(self.address, self.patience)
+            link.check()
+            self._delivery = _Delivery(link, items)
             return dropped
         except (OSError, EOFError, ValueError) as error:
-            self.close()
             raise self._lost(error) from error
+        finally:
+            self._delivery_lock.release()
 
     @property
     def full(self) -> bool:
@@ -113,6 +172,8 @@ class ServiceClient:
     def close(self) -> None:
         """Close this thread's connection; the next request opens a new one."""
         self._local.__dict__.pop("link", None)
+        if self._delivery is not None and not self._delivery.under_way:
+            self._delivery = None
 
     def _link(self) -> _Link:
         link: _Link | None = getattr(self._local, "link", None)
@@ -120,30 +181,9 @@ class ServiceClient:
             self._local.link = link = _Link(self.address, self.patience)
         return link
 
-    def _read_acknowledgement(self, link: _Link) -> tuple[int, bool]:
-        """(items dropped, whether the service has answered everything that it was sent)."""
-        if not link.unanswered:
-            return 0, True
-        link.socket.settimeout(0)
-        try:
-            if not link.socket.recv(1, socket.MSG_PEEK):
-                raise EOFError("the connection was closed")
-        except BlockingIOError:
-            return 0, False
-        finally:
-            link.socket.settimeout(self.patience)
-        _, header, _ = recv_frame(link.socket)
-        link.unanswered = 0
-        if header["dropped"]:
-            self._full_until = time.monotonic() + _FULL_PAUSE
-        return int(header["dropped"]), True
-
     def _ask(self, op: str, items: Sequence[Item] = ()) -> tuple[str, dict[str, Any], list[Item]]:
         try:
             link = self._link()
-            if link.unanswered:
-                recv_frame(link.socket)
-                link.unanswered = 0
             send_frame(link.socket, op, items)
             while True:
                 answer = recv_frame(link.socket)
