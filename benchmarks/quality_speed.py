@@ -447,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="timed runs")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--strengths", type=float, nargs=2, default=(0.25, 0.75))
+    parser.add_argument("--strengths", type=float, nargs=2, default=(0.5, 0.9), help="range, as the preset of tiny has it")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--only", help="screen only configurations whose name contains this text")
     parser.add_argument("--compile", action="store_true", help="also time the best finalist compiled (needs a C++ compiler)")

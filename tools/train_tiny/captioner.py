@@ -77,7 +77,7 @@ def start_from_clip(vision: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def main() -> None:
-    p = parser(__doc__.splitlines()[0], steps=1000, batch_size=64, lr=1e-3, decay=0.7)
+    p = parser(__doc__.splitlines()[0], steps=1400, batch_size=64, lr=1e-3, decay=0.7)
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

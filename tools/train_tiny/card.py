@@ -59,6 +59,8 @@ def training(work: Path) -> list[str]:
         if log.exists():
             last = json.loads(log.read_text().splitlines()[-1])
             rows.append(f"| {stage} | {last['step']} | {last['seconds'] / 60:.0f} min | {last['loss']:.4f} |")
+        else:
+            rows.append(f"| {stage} | taken over from an earlier bundle; no log | | |")
     return rows
 
 
@@ -105,7 +107,8 @@ Guidance scales tried at strength {search_strength} (label agreement): {guidance
 {sizes}
 
 ## Training
-On 2 CPU cores, other work beside it, by `tools/train_tiny` (one command a stage, seeded, resumable).
+On 2 CPU cores, other work beside it, by `tools/train_tiny` (one command a stage, seeded, resumable). The last run of each stage;
+the UNet's went on from the weights of an earlier bundle (about a thousand steps).
 
 | stage | steps | time | last training loss |
 | --- | --- | --- | --- |
@@ -115,7 +118,9 @@ On 2 CPU cores, other work beside it, by `tools/train_tiny` (one command a stage
 - 32x32 pixels, ten classes; words outside CIFAR-10's captions are spelt in pieces and mean nothing to the models.
 - The noise schedule is Stable Diffusion's with every sigma divided by 4, so that a strength means on 16x16 latents what it means
   on 64x64. Starting from pure noise (strength 1) was not trained for.
-- Trained for hours on a CPU: textures are softer than the data's, most of all above strength 0.6.
+- That makes strengths mild: up to about 0.6 a variant differs from its original in texture more than in shape, and what is
+  plainly another picture of the class comes from 0.7 on. The `tiny` preset therefore draws strengths from 0.5 to 0.9.
+- Trained for about two hours on a CPU: textures are softer than the data's, most of all above strength 0.7.
 - The captioner names the nearest common sub-category; colours are those of a fixed table, read off the centre and border.
 """
 

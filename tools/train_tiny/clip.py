@@ -79,7 +79,7 @@ def init_as_convolution(vision: nn.Module, generator: torch.Generator) -> None:
 
 
 def main() -> None:
-    p = parser(__doc__.splitlines()[0], steps=2600, batch_size=96, lr=2e-3, decay=0.7)
+    p = parser(__doc__.splitlines()[0], steps=2200, batch_size=96, lr=2e-3, decay=0.7)
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
