@@ -174,7 +174,6 @@ class TestRefused:
             (torch.tensor([[[float("nan"), 1.0]]]), ValueError, "nan"),
             (Image.new("La", (2, 2)), ValueError, "image of mode 'La' cannot be converted to RGB"),
         ],
-        ids=str,
     )
     def test_in_a_sentence(self, image: Any, error: type[Exception], message: str) -> None:
         for function in (image_key, to_uint8_chw):

@@ -20,15 +20,16 @@ class Preset(TypedDict):
 
 
 # The bundled model. These numbers are also the defaults of `Recipe`, and they are written nowhere else: tune them here.
-# Source: the project's own pilot (strengths 0.25-0.75, guidance 4); the model card in `sgid_transforms/tiny` has the figures.
+# Sampler and steps: the fastest that equal 20 DDIM steps within a point (benchmarks/quality_speed.py, docs/generation.md).
+# Guidance: around the best fixed scale in the model card. Strength: below 0.5 this model changes little (also there).
 TINY: Final[Preset] = {
     "model": "tiny",
-    "strength": (0.25, 0.75),
+    "strength": (0.5, 0.9),
     "guidance": SimilarityGuidance(3.0, 5.0),
     "guidance_interval": (0.0, 1.0),
-    "num_inference_steps": 10,
+    "num_inference_steps": 3,
     "sampler": "dpmsolver++",
-    "exact_strength": False,
+    "exact_strength": True,
     "resolution": None,
     "filters": {},
 }

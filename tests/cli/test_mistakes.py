@@ -21,7 +21,7 @@ def unknown_field(folder):
 
 
 def impossible_steps(folder):
-    (folder / "r.toml").write_text("strength = 0.01\nnum_inference_steps = 10")
+    (folder / "r.toml").write_text("strength = 0.01\nnum_inference_steps = 10\nexact_strength = false")
 
 
 def text_store(folder):
