@@ -193,7 +193,7 @@ def do_run(experiment: Experiment, run: Run) -> dict[str, Any]:
         "p": "" if method.variants is None else method.variants.p,
         "k": "" if method.variants is None else method.variants.k,
         "rejected": "" if method.variants is None else rejected,
-        "seconds": f"{time.perf_counter() - started:.1f}",
+        "seconds": f"{time.perf_counter() - started:.2f}",
         "threads": torch.get_num_threads(),
         "device": device,
         "torch": torch.__version__,

@@ -80,7 +80,8 @@ def test_fields_that_may_be_none_have_none_as_default() -> None:
 
 def test_is_readable(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "recipe.toml"
-    Recipe(model="org/model", guidance=SimilarityGuidance(3, 8), strength=(0.3, 0.7), resolution=512).to_toml(path)
+    recipe = Recipe.for_model("org/model", guidance=SimilarityGuidance(3, 8), strength=(0.3, 0.7), resolution=512)
+    recipe.to_toml(path)
     lines = path.read_text().splitlines()
     assert lines[0] == 'model = "org/model"'
     assert "strength = [0.3, 0.7]" in lines
@@ -88,7 +89,7 @@ def test_is_readable(tmp_path: pathlib.Path) -> None:
     assert lines[at - 1 : at + 4] == ["", "[guidance]", "low = 3.0", "high = 8.0", "reverse = false"]
     assert not any(line.startswith("revision") for line in lines)
     assert "exact_strength = false" in lines
-    Recipe(model="org/model", exact_strength=True).to_toml(path)
+    Recipe.for_model("org/model", exact_strength=True).to_toml(path)
     assert "exact_strength = true" in path.read_text().splitlines()
     assert Recipe.from_toml(path).exact_strength is True
 

@@ -313,7 +313,6 @@ def test_tiny_vae_takes_the_place_of_the_vae(saved: Path, tmp_path: Path) -> Non
 
 
 def test_lora_is_fused_from_safetensors_only(saved: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     from safetensors.torch import save_file
 
     plain = load_pipeline(str(saved))

@@ -211,7 +211,7 @@ def _fuse_lora(pipeline: Any, lora: str, scale: float, offline: bool) -> None:
     from diffusers.utils import is_peft_available
 
     if not is_peft_available():
-        raise ModelLoadError(f"the LoRA {lora!r} needs the package peft; install it with: pip install peft")
+        raise ModelLoadError(f"the LoRA {lora!r} needs the package peft; install it with: pip install 'sgid-transforms[lora]'")
     if not hasattr(pipeline, "load_lora_weights"):
         raise ModelLoadError(f"{type(pipeline).__name__} takes no LoRA; leave lora out")
     path = Path(lora).expanduser()
