@@ -34,7 +34,7 @@ def main() -> None:
     for axis, (stage, log) in zip(axes[0], logs.items(), strict=True):
         rows = rows_of(log)
         axis.semilogy([row["step"] for row in rows], [row["loss"] for row in rows])
-        axis.set(title=stage, xlabel="step", ylabel="training loss (mean of the last 50 steps or so)")
+        axis.set(title=stage, xlabel="step", ylabel="training loss")
         for measure in MEASURES:
             if measured := [(row["step"], row[measure]) for row in rows if measure in row]:
                 twin = axis.twinx()
