@@ -20,7 +20,8 @@ class Preset(TypedDict):
 
 
 # The bundled model. These numbers are also the defaults of `Recipe`, and they are written nowhere else: tune them here.
-# Sampler and steps: the fastest that equal 20 DDIM steps within a point (benchmarks/quality_speed.py, docs/generation.md).
+# Sampler and steps: equal to 20 DDIM steps within a point, just so, and fit for any strength; how they were picked, after the
+# search had named LCM with 4 steps, is in docs/generation.md (benchmarks/quality_speed.py).
 # Guidance: around the best fixed scale in the model card. Strength: below 0.5 this model changes little (also there).
 TINY: Final[Preset] = {
     "model": "tiny",
