@@ -16,7 +16,7 @@ goes on. ``OUT/summary.md`` and ``OUT/summary.png`` have means, 95 % intervals, 
 
 Methods: none autoaugment randaugment trivialaugment augmix randomerasing mixup cutmix real-guidance sgid, sgid+CLASSIC, and
 sgid with options: sgid:k=4,p=0.3,strength=0.2-0.5,prompt=label|caption|both,guidance=similarity|reverse|fixed|3-5,
-filter=none|argmax. Groups: classic generated combined ablations.
+filter=none|argmax|0.8. Groups: classic generated combined ablations.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from classification.batches import Batches, channel_statistics
 from classification.data import Labelled, Pool, Task, choose, load_task
 from classification.generated import Subset
 from classification.judging import judge_views, load_judge, randaugment_views
-from classification.methods import Method, Variants, expand, parse_method
+from classification.methods import Method, Variants, expand, filter_name, parse_method
 from classification.results import Rows, digest
-from classification.summary import markdown, plot
+from classification.summary import markdown, plot, views_markdown
 from classification.training import Training, accuracy, train
 
 FIELDS = (
@@ -373,6 +373,12 @@ def plan(args: argparse.Namespace) -> tuple[Experiment, list[Run]]:
     return experiment, [Run(n, seed, method) for n in args.n for seed in args.seeds for method in methods]
 
 
+def rows_of(file: Rows, names: set[str]) -> list[dict[str, str]]:
+    """The rows of these names, by number of images and by seed."""
+    rows = [row for row in file.read() if row[file.fields[0]] in names]
+    return sorted(rows, key=lambda row: (math.inf if row["n"] == "full" else int(row["n"]), int(row["seed"])))
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     if args.threads:
@@ -384,10 +390,12 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     done, skipped = run_all(experiment, runs, args.jobs)
     print(f"{done} runs done, {skipped} were there already, {time.perf_counter() - started:.0f} s")
-    wanted = {run_name(experiment, run) for run in runs}
-    rows = [row for row in Rows(args.out / "runs.csv", FIELDS).read() if row["run"] in wanted]
-    rows.sort(key=lambda row: (math.inf if row["n"] == "full" else int(row["n"]), int(row["seed"])))
+    rows = rows_of(Rows(args.out / "runs.csv", FIELDS), {run_name(experiment, run) for run in runs})
     text = markdown(rows)
+    if experiment.judge is not None:
+        judged = {view_name(experiment, run) for run in runs if run.method.variants is not None}
+        if views := rows_of(Rows(args.out / "views.csv", VIEW_FIELDS), judged):
+            text += "\n" + views_markdown(views)
     (args.out / "summary.md").write_text(text)
     plot(rows, args.out / "summary.png")
     print(text)
@@ -438,7 +446,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", choices=("both", "label", "caption"), default=variants.prompt)
     add("--guidance", type=float, nargs=2, default=variants.guidance, metavar=("LOW", "HIGH"))
     add("--strength", type=float, nargs=2, default=variants.strength, metavar=("LOW", "HIGH"))
-    add("--filter", choices=("none", "argmax"), default=variants.filter)
+    add("--filter", type=filter_name, default=variants.filter, help="none, argmax, or CLIP's least probability of the label")
     add("--k", type=int, default=variants.k, help="variants per image")
     add("--p", type=float, default=variants.p, help="probability that an image is replaced")
     return parser

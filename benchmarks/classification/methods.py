@@ -53,7 +53,7 @@ class Variants:
         guidance: scale at the lowest and at the highest similarity.
         direction: ``similarity`` (rises with it), ``reverse`` (falls) or ``fixed`` (the middle of both for all images).
         strength: range from which each variant's is drawn.
-        filter: ``none``, or ``argmax``: CLIP must recognise the label.
+        filter: ``none``; ``argmax``: CLIP must recognise the label; or a number: CLIP's least probability of the label.
         k: variants per image.
         p: probability that an image is replaced.
     """
@@ -77,7 +77,7 @@ class Variants:
             prompt=PROMPTS[self.prompt],
             guidance=guidance,
             strength=self.strength,
-            filters=Filters(label_check=self.filter),
+            filters=_filters(self.filter),
             seed=seed,
             **settings,
         )
@@ -165,6 +165,22 @@ def _range(text: str) -> tuple[float, float]:
     return float(low), float(high if dash else low)
 
 
+def _filters(text: str) -> Filters:
+    if text in ("none", "argmax"):
+        return Filters(label_check=text)
+    return Filters(label_check="threshold", label_threshold=float(text))
+
+
+def filter_name(text: str) -> str:
+    """The text, if `Variants` takes it for its ``filter``.
+
+    Raises:
+        ValueError: it does not.
+    """
+    _filters(text)
+    return text
+
+
 def _one_of(*names: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in names:
@@ -197,7 +213,7 @@ _OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
     "prompt": lambda text: {"prompt": _one_of(*PROMPTS)(text)},
     "guidance": _guidance,
     "strength": lambda text: {"strength": _range(text)},
-    "filter": lambda text: {"filter": _one_of("none", "argmax")(text)},
+    "filter": lambda text: {"filter": filter_name(text)},
     "k": lambda text: {"k": _count(text)},
     "p": lambda text: {"p": _probability(text)},
 }

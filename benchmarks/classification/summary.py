@@ -77,10 +77,40 @@ def _claims(table: Accuracies, best: str) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def format_mean(mean: Mean, *, signed: bool = False) -> str:
+def views_markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table of what the judge said of variants, for each ``n`` and method: means and 95 % intervals over the seeds.
+
+    Args:
+        rows: of ``views.csv``.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["n"], row["method"]), []).append(row)
+    lines = [
+        "## Do variants keep their label, and how different are they",
+        "",
+        "| n | variants of | seeds | label kept, relative to the originals | distance | RandAugment's distance |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (n, method), found in groups.items():
+        kept = mean_interval([_relative_agreement(row) for row in found])
+        own, classic = (mean_interval([float(row[f"distance_{of}"]) for row in found]) for of in ("variants", "randaugment"))
+        lines.append(
+            f"| {n} | {method} | {kept.n} | {format_mean(kept)} % | {format_mean(own, digits=3)} | "
+            f"{format_mean(classic, digits=3)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _relative_agreement(row: Mapping[str, str]) -> float:
+    originals = float(row["agreement_originals"])
+    return 100 * float(row["agreement_variants"]) / originals if originals else math.nan
+
+
+def format_mean(mean: Mean, *, signed: bool = False, digits: int = 2) -> str:
     """``57.21 ± 0.80``; without a margin for a single value."""
-    value = f"{mean.mean:+.2f}" if signed else f"{mean.mean:.2f}"
-    return value if math.isinf(mean.margin) else f"{value} ± {mean.margin:.2f}"
+    value = f"{mean.mean:{'+' if signed else ''}.{digits}f}"
+    return value if math.isinf(mean.margin) else f"{value} ± {mean.margin:.{digits}f}"
 
 
 def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:

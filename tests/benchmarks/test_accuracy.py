@@ -68,6 +68,7 @@ def test_variants_are_judged_beside_randaugment(finished):
 def test_tables_and_plot_are_written(finished):
     text = (finished[0] / "summary.md").read_text()
     assert "| sgid:p=1 | 1 |" in text
+    assert "| 2 | sgid:p=1 | 1 |" in text  # what the judge says of its variants
     assert (finished[0] / "summary.png").stat().st_size > 1000
 
 

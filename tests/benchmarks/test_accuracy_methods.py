@@ -25,6 +25,8 @@ def test_recipes_say_what_the_names_say():
     assert sgid.guidance == SimilarityGuidance(2.0, 6.0)
     assert (sgid.prompt, sgid.strength, sgid.seed) == ("a photo of a {label}, {caption}", (0.3, 0.7), 3)
     assert sgid.filters.label_check == "argmax"
+    strict = recipe("sgid:filter=0.8").filters
+    assert (strict.label_check, strict.label_threshold) == ("threshold", 0.8)
     assert recipe("sgid:guidance=reverse").guidance == SimilarityGuidance(2.0, 6.0, reverse=True)
     assert recipe("sgid:guidance=fixed").guidance == 4.0
     assert recipe("sgid:guidance=1").guidance == 1.0
@@ -57,6 +59,8 @@ def test_groups_are_expanded_once():
         ("sgid:k=0", "cannot be read"),
         ("sgid:p=1.5", "cannot be read"),
         ("sgid:prompt=poem", "cannot be read"),
+        ("sgid:filter=some", "cannot be read"),
+        ("sgid:filter=1.5", "cannot be read"),
     ],
 )
 def test_a_wrong_name_is_refused_with_its_reason(name, words):

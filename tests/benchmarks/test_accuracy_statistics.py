@@ -4,7 +4,7 @@ import math
 
 import pytest
 from classification.intervals import mean_interval, paired_difference, t_cdf, t_quantile
-from classification.summary import best_classic, by_n, markdown, plot
+from classification.summary import best_classic, by_n, markdown, plot, views_markdown
 
 # 97.5 % quantiles of Student's t: any statistics textbook's table.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
@@ -70,6 +70,16 @@ def test_the_summary_says_what_holds_and_what_does_not():
 def test_a_gain_below_the_papers_is_no_success():
     text = markdown(rows_of({"none": [50, 51, 52], "sgid": [51.5, 52.5, 53.5]}))
     assert "`sgid` minus `none`: +1.50 ± 0.00 points over 3 seeds; at least 1.72 with the interval above 0: no" in text
+
+
+def test_views_are_summed_up_over_seeds_relative_to_their_originals():
+    row = {"n": "50", "method": "sgid", "distance_randaugment": "0.1", "agreement_originals": "0.8"}
+    seeds = [("0.72", "0.2"), ("0.76", "0.2"), ("0.80", "0.2")]
+    rows = [row | {"agreement_variants": kept, "distance_variants": distance} for kept, distance in seeds]
+    blind = row | {"n": "100", "agreement_originals": "0.0", "agreement_variants": "0.5", "distance_variants": "0.3"}
+    text = views_markdown([*rows, blind])
+    assert "| 50 | sgid | 3 | 95.00 ± 12.42 % | 0.200 ± 0.000 | 0.100 ± 0.000 |" in text
+    assert "| 100 | sgid | 1 | nan % | 0.300 | 0.100 |" in text  # the judge knows none of the originals: there is no ratio
 
 
 def test_the_plot_shows_every_method_of_every_n(tmp_path):
