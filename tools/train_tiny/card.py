@@ -52,16 +52,26 @@ def figures(parts: dict[str, Any]) -> list[str]:
     return rows
 
 
-def training(work: Path) -> list[str]:
-    rows = []
+def training(work: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Length and last loss of each stage by its log, or, where ``work`` has none, what is ``known`` of an earlier run."""
+    stages = {}
     for stage in STAGES:
         log = work / f"{stage}.jsonl"
         if log.exists():
             last = json.loads(log.read_text().splitlines()[-1])
-            rows.append(f"| {stage} | {last['step']} | {last['seconds'] / 60:.0f} min | {last['loss']:.4f} |")
-        else:
-            rows.append(f"| {stage} | taken over from an earlier bundle; no log | | |")
-    return rows
+            stages[stage] = {"steps": last["step"], "minutes": round(last["seconds"] / 60), "loss": last["loss"]}
+        elif stage in known:
+            stages[stage] = known[stage]
+    return stages
+
+
+def _training_rows(stages: dict[str, Any]) -> list[str]:
+    return [
+        f"| {stage} | {stages[stage]['steps']} | {stages[stage]['minutes']} min | {stages[stage]['loss']:.4f} |"
+        if stage in stages
+        else f"| {stage} | taken over from an earlier bundle; no log | | |"
+        for stage in STAGES
+    ]
 
 
 def sizes(bundle: Path) -> list[str]:
@@ -129,12 +139,12 @@ trained on to 1,400 and measured again.
 """
 
 
-def write_card(bundle: Path, work: Path, parts: dict[str, Any]) -> None:
+def write_card(bundle: Path, parts: dict[str, Any]) -> None:
     """Write ``README.md`` beside the weights."""
     search = parts.get("guidance_search", {})
     tried = ", ".join(f"{row['guidance']:g}: {_percent(row['agreement'])}" for row in search.get("table", [])) or "not measured"
     text = TEMPLATE.format(
         machine="2 CPU cores, fp32", steps=10, search=search.get("images", 0), search_strength=search.get("strength", "-"),
-        guidance=tried, figures="\n".join(figures(parts)), sizes="\n".join(sizes(bundle)), training="\n".join(training(work)),
+        guidance=tried, figures="\n".join(figures(parts)), sizes="\n".join(sizes(bundle)), training="\n".join(_training_rows(parts.get("training", {}))),
     )  # fmt: skip
     (bundle / "README.md").write_text(text)

@@ -154,9 +154,12 @@ class Results:
             began = time.monotonic()
             self.parts[name] = {"weights": key, **measure()}
             self.parts[name]["seconds"] = round(time.monotonic() - began, 1)
-            self.path.write_text(json.dumps(self.parts, indent=1, sort_keys=True) + "\n")
+            self.write()
             print(name, json.dumps(self.parts[name]))
         return self.parts[name]
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.parts, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -187,9 +190,11 @@ def main() -> None:
     if "variants" in wanted:
         measure_all_variants(args, data, judge, captions, results)
 
-    from card import write_card
+    from card import training, write_card
 
-    write_card(args.bundle, args.work, results.parts)
+    results.parts["training"] = training(args.work, results.parts.get("training", {}))
+    results.write()
+    write_card(args.bundle, results.parts)
 
 
 def measure_all_variants(
