@@ -251,6 +251,27 @@ class TestValidation:
             BASE.replace(strenght=0.5)
 
 
+class TestDefaultsFollowTheModel:
+    """A recipe written by hand once took the bundled model's three steps for any checkpoint."""
+
+    @pytest.mark.parametrize("model", ["stabilityai/sd-turbo", "org/some-lcm", "./my-finetuned-sd", "tiny"])
+    def test_left_out(self, model: str) -> None:
+        suitable = Recipe.for_model(model)
+        assert Recipe(model=model, resolution=suitable.resolution) == suitable
+
+    def test_what_is_given_stays(self) -> None:
+        recipe = Recipe(model="stabilityai/sd-turbo", guidance=2.0, num_inference_steps=9)
+        assert (recipe.guidance, recipe.num_inference_steps, recipe.sampler) == (2.0, 9, "euler")
+
+    def test_a_copy_for_another_model_keeps_its_settings(self) -> None:
+        assert Recipe(strength=0.4).replace(model="org/model").num_inference_steps == Recipe().num_inference_steps
+
+    def test_in_toml(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "recipe.toml").write_text('model = "stabilityai/sd-turbo"\n')
+        assert Recipe.from_toml(tmp_path / "recipe.toml") == Recipe(model="stabilityai/sd-turbo")
+        assert Recipe(model="stabilityai/sd-turbo").num_inference_steps == presets.PRESETS["sd-turbo"]["num_inference_steps"]
+
+
 class TestExactStrength:
     """Left out, it is the bundled model's own setting, and off for every other model."""
 

@@ -19,7 +19,7 @@ class Preset(TypedDict):
     filters: dict[str, Any]
 
 
-# The bundled model. These numbers are also the defaults of `Recipe`, and they are written nowhere else: tune them here.
+# The bundled model. These numbers are written nowhere else: tune them here.
 # Sampler and steps: equal to 20 DDIM steps within a point, just so, and fit for any strength; how they were picked, after the
 # search had named LCM with 4 steps, is in docs/generation.md (benchmarks/quality_speed.py).
 # Guidance: around the best fixed scale in the model card. Strength: below 0.5 this model changes little (also there).

@@ -76,11 +76,15 @@ class Filters:
             )
 
 
+_BY_MODEL: Any = None  # a default that __post_init__ replaces by what the model's preset has: no field is ever None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to generate. Two recipes with one :attr:`fingerprint` make the same variants.
 
-    The defaults suit the bundled ``tiny`` model. For another one start from :meth:`preset` or :meth:`for_model`.
+    Strength, guidance, its interval, steps and sampler, where left out, are those that suit the model, as in :meth:`for_model`
+    (which also sets a resolution where the model's card names one).
 
     Args:
         model: ``"tiny"`` (bundled), a diffusers checkpoint id, or a local folder.
@@ -101,8 +105,8 @@ class Recipe:
             outside it the prompt is followed without guidance (Kynkäänniemi et al. 2024, arXiv 2404.07724).
         exact_strength: start at the very noise level that a strength names, with ``round(num_inference_steps * strength)``
             steps (at least one) spread evenly below it, instead of at the nearest lower one of a fixed list: with 4 steps,
-            that list takes all strengths from 0.5 to 0.74 for one. Native path only, and not for ``"lcm"``. ``None``: for
-            ``tiny`` as its preset has it, else off.
+            that list takes all strengths from 0.5 to 0.74 for one. Native path only, and not for ``"lcm"``. ``None``: as
+            the model's preset has it, where the sampler allows it.
         seed: the user's seed, in [0, 2**63).
         filters: see :class:`Filters`.
         image_format: how variants are stored: ``"png"``, ``"webp-lossless"``, ``"webp"``, ``"jpeg"``, or ``"auto"``: by size.
@@ -115,20 +119,24 @@ class Recipe:
     revision: str | None = None
     prompt: str = "a photo of a {label}, {caption}"
     negative_prompt: str = ""
-    strength: float | tuple[float, float] = TINY["strength"]
-    guidance: float | SimilarityGuidance = TINY["guidance"]
-    num_inference_steps: int = TINY["num_inference_steps"]
-    resolution: int | tuple[int, int] | None = TINY["resolution"]
-    sampler: str = TINY["sampler"]
-    guidance_interval: tuple[float, float] = TINY["guidance_interval"]
+    strength: float | tuple[float, float] = _BY_MODEL
+    guidance: float | SimilarityGuidance = _BY_MODEL
+    num_inference_steps: int = _BY_MODEL
+    resolution: int | tuple[int, int] | None = None
+    sampler: str = _BY_MODEL
+    guidance_interval: tuple[float, float] = _BY_MODEL
     exact_strength: bool | None = None
     seed: int = 0
-    filters: Filters = field(default_factory=lambda: Filters(**TINY["filters"]))
+    filters: Filters = field(default_factory=Filters)
     image_format: str = "auto"
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # normalised here, so that equal settings are equal recipes: 5 and 5.0, a list and a tuple
         put(self, "model", _model(self.model))
+        suitable: dict[str, Any] = dict(preset_for_model(self.model))
+        for name in ("strength", "guidance", "num_inference_steps", "sampler", "guidance_interval"):
+            if getattr(self, name) is None:
+                put(self, name, suitable[name])
         if self.revision is not None:
             _non_empty("revision", self.revision)
         parse_template(self.prompt)
@@ -138,7 +146,7 @@ class Recipe:
             put(self, "guidance", _checks.number("guidance", self.guidance, minimum=0.0))
         steps = _checks.integer("num_inference_steps", self.num_inference_steps, minimum=1, maximum=1000)
         put(self, "num_inference_steps", steps)
-        put(self, "exact_strength", _exact_strength(self.exact_strength, self.model, self.sampler))
+        put(self, "exact_strength", _exact_strength(self.exact_strength, suitable["exact_strength"], self.sampler))
         # A latent consistency model runs all its steps at any strength (the engine checks it), an exact one at least one.
         if self.sampler != "lcm" and not self.exact_strength:
             _check_steps(self.strength[0] if isinstance(self.strength, tuple) else self.strength, steps)
@@ -293,9 +301,9 @@ def _interval(name: str, value: object) -> tuple[float, float]:
     return low, high
 
 
-def _exact_strength(value: object, model: str, sampler: object) -> bool:
+def _exact_strength(value: object, suitable: bool, sampler: object) -> bool:
     if value is None:
-        return model == TINY["model"] and sampler != "lcm" and TINY["exact_strength"]
+        return suitable and sampler != "lcm"
     if not isinstance(value, bool):
         raise RecipeError(f"exact_strength is {value!r}; it must be true or false")
     if value and sampler == "lcm":
