@@ -224,7 +224,7 @@ def test_every_stage_runs_and_the_bundle_it_makes_is_measured(tmp_path, monkeypa
     for name, extra in (
         ("vae", ()),
         ("classifier", ("--name", "judge")),
-        ("unet", ("--t-max", "800")),
+        ("unet", ("--wrong", "0.5")),
         ("clip", ()),
         ("captioner", ()),
     ):
