@@ -27,7 +27,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -338,14 +338,8 @@ def plan(args: argparse.Namespace) -> tuple[Experiment, list[Run]]:
     Raises:
         ValueError: a method is unknown.
     """
-    defaults = Variants(
-        prompt=args.prompt,
-        guidance=(args.guidance[0], args.guidance[1]),
-        strength=(args.strength[0], args.strength[1]),
-        filter=args.filter,
-        k=args.k,
-        p=args.p,
-    )
+    given = {name: tuple(value) for name in ("guidance", "strength") if (value := getattr(args, name)) is not None}
+    defaults = replace(Variants.for_model(args.generator), prompt=args.prompt, filter=args.filter, k=args.k, p=args.p, **given)
     methods = [parse_method(name, defaults) for name in expand(args.methods)]
     training = Training(
         args.model, args.pretrained, args.steps, args.batch_size, args.size, args.optimizer, args.lr, args.weight_decay,
@@ -435,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("variants")
     add = group.add_argument
-    variants = Variants()
+    variants = Variants.for_model("tiny")
     add("--generator", default="tiny", help="tiny, or a diffusers checkpoint")
     add("--generator-dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, half precision on a GPU")
     add("--captioner", default="auto", help="auto: bundled for tiny, else BLIP; or an id or a folder")
@@ -444,8 +438,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sampler", help="default: the model's preset")
     add("--resolution", type=int, help="default: the model's preset")
     add("--prompt", choices=("both", "label", "caption"), default=variants.prompt)
-    add("--guidance", type=float, nargs=2, default=variants.guidance, metavar=("LOW", "HIGH"))
-    add("--strength", type=float, nargs=2, default=variants.strength, metavar=("LOW", "HIGH"))
+    add("--guidance", type=float, nargs=2, metavar=("LOW", "HIGH"), help="default: the model's preset")
+    add("--strength", type=float, nargs=2, metavar=("LOW", "HIGH"), help="default: the model's preset")
     add("--filter", type=filter_name, default=variants.filter, help="none, argmax, or CLIP's least probability of the label")
     add("--k", type=int, default=variants.k, help="variants per image")
     add("--p", type=float, default=variants.p, help="probability that an image is replaced")

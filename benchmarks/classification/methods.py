@@ -31,13 +31,13 @@ GROUPS = {
         "sgid:guidance=1",
         "sgid:strength=0.3-0.5",
         "sgid:strength=0.5-0.7",
-        "sgid:strength=0.7-0.85",
-        "sgid:strength=0.85-1",
+        "sgid:strength=0.7-0.9",
         "sgid:k=1",
         "sgid:k=4",
-        "sgid:k=20",
-        "sgid:p=0.25",
-        "sgid:p=0.75",
+        "sgid:k=10",
+        "sgid:p=0.3",
+        "sgid:p=0.5",
+        "sgid:p=1",
         "sgid:filter=none",
     ),
 }
@@ -49,22 +49,32 @@ class Variants:
     """Settings of generated variants: what a recipe needs, and how a training uses them.
 
     Args:
-        prompt: what the prompt says: ``both``, ``label`` or ``caption``.
         guidance: scale at the lowest and at the highest similarity.
-        direction: ``similarity`` (rises with it), ``reverse`` (falls) or ``fixed`` (the middle of both for all images).
         strength: range from which each variant's is drawn.
+        prompt: what the prompt says: ``both``, ``label`` or ``caption``.
+        direction: ``similarity`` (rises with it), ``reverse`` (falls) or ``fixed`` (the middle of both for all images).
         filter: ``none``; ``argmax``: CLIP must recognise the label; or a number: CLIP's least probability of the label.
         k: variants per image.
         p: probability that an image is replaced.
     """
 
+    guidance: tuple[float, float]
+    strength: tuple[float, float]
     prompt: str = "both"
-    guidance: tuple[float, float] = (3.0, 5.0)
     direction: str = "similarity"
-    strength: tuple[float, float] = (0.5, 0.95)
     filter: str = "argmax"
-    k: int = 10
-    p: float = 0.5
+    k: int = 20
+    p: float = 0.8
+
+    @classmethod
+    def for_model(cls, model: str) -> Variants:
+        """The strengths and guidance scales of a model's preset."""
+        recipe = Recipe.for_model(model)
+        guidance, strength = recipe.guidance, recipe.strength
+        return cls(
+            guidance=(guidance.low, guidance.high) if isinstance(guidance, SimilarityGuidance) else (guidance, guidance),
+            strength=strength if isinstance(strength, tuple) else (strength, strength),
+        )
 
     def recipe(self, model: str, seed: int, **settings: Any) -> Recipe:
         """The recipe by which they are made; ``settings`` are further fields of it."""

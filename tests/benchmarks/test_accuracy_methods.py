@@ -5,7 +5,7 @@ import torch
 from classification.methods import CLASSIC, GROUPS, Variants, batch_policy, expand, image_policy, parse_method
 from torchvision.transforms import v2
 
-from sgid_transforms import SimilarityGuidance
+from sgid_transforms import Recipe, SimilarityGuidance
 
 DEFAULTS = Variants(guidance=(2.0, 6.0), strength=(0.3, 0.7), k=5, p=0.6)
 
@@ -36,10 +36,17 @@ def test_recipes_say_what_the_names_say():
     assert real == recipe("sgid:prompt=label,guidance=fixed")
 
 
+@pytest.mark.parametrize("model", ["tiny", "stabilityai/sd-turbo"])
+def test_without_settings_variants_are_those_of_the_models_preset(model):
+    preset = Recipe.for_model(model)
+    recipe = parse_method("sgid:filter=none", Variants.for_model(model)).variants.recipe(model, seed=0)
+    assert (recipe.strength, recipe.guidance) == (preset.strength, preset.guidance)
+
+
 def test_each_ablation_is_another_experiment():
-    methods = [parse_method(name, Variants()) for name in GROUPS["ablations"]]
+    methods = [parse_method(name, Variants.for_model("tiny")) for name in GROUPS["ablations"]]
     settings = {(m.variants.recipe("tiny", 0).fingerprint, m.variants.k, m.variants.p) for m in methods}
-    sgid = parse_method("sgid", Variants()).variants
+    sgid = parse_method("sgid", Variants.for_model("tiny")).variants
     assert len(settings) == len(methods)
     assert (sgid.recipe("tiny", 0).fingerprint, sgid.k, sgid.p) not in settings
 

@@ -22,8 +22,9 @@ def pool_of(count=12, size=8, classes=3):
 
 def batches_of(method, pool=None, steps=3, seed=0, sgid=None, batch_size=4, size=8):
     pool = pool or pool_of()
+    method = parse_method(method, Variants.for_model("tiny"))
     return Batches(
-        pool, range(len(pool)), parse_method(method, Variants()), sgid, batch_size=batch_size, steps=steps, size=size,
+        pool, range(len(pool)), method, sgid, batch_size=batch_size, steps=steps, size=size,
         seed=seed, mean=MEAN, std=STD,
     )  # fmt: skip
 
