@@ -20,13 +20,13 @@ class Preset(TypedDict):
 
 
 # The bundled model. These numbers are written nowhere else: tune them here.
-# Sampler and steps: equal to 20 DDIM steps within a point, just so, and fit for any strength; how they were picked, after the
-# search had named LCM with 4 steps, is in docs/generation.md (benchmarks/quality_speed.py).
-# Guidance: around the best fixed scale in the model card. Strength: below 0.5 this model changes little (also there).
+# Sampler and steps: fit for any strength, and fast; how they were picked, on the first edition of the weights, is in
+# docs/generation.md (benchmarks/quality_speed.py). Strength: below 0.9 this model changes little, and a classifier gains most
+# above. Guidance: unfiltered variants keep their label there; with a label filter it may be lower (both in docs/results.md).
 TINY: Final[Preset] = {
     "model": "tiny",
-    "strength": (0.5, 0.9),
-    "guidance": SimilarityGuidance(3.0, 5.0),
+    "strength": (0.9, 1.0),
+    "guidance": SimilarityGuidance(2.0, 4.0),
     "guidance_interval": (0.0, 1.0),
     "num_inference_steps": 3,
     "sampler": "dpmsolver++",
@@ -37,7 +37,7 @@ TINY: Final[Preset] = {
 
 # Edition of the bundled weights. It is part of the fingerprint of every `tiny` recipe, so that images of older weights are
 # not taken for images of newer ones: raise it whenever other weights are put into `sgid_transforms/tiny/pipeline`.
-TINY_EDITION: Final = 1
+TINY_EDITION: Final = 2
 
 PRESETS: Final[dict[str, Preset]] = {
     "tiny": TINY,

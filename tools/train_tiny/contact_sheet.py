@@ -20,7 +20,7 @@ from sgid_transforms.report import contact_sheet
 from sgid_transforms.service.factory import Describer
 
 ROOT = Path(__file__).parents[2]
-STRENGTHS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
+STRENGTHS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 
 def originals(folder: Path, rows: int, skip: int) -> list[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ import classifier
 from data import CLASSES, Split, load_split
 from words import COLOURS, describe
 
-STRENGTHS = (0.3, 0.5, 0.7)
+STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 GUIDANCE = (1.0, 2.0, 3.0, 5.0)
 STEPS = 10
 
