@@ -135,7 +135,8 @@ def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         if best is not None:
             panel.axvline(mean_interval(list(table[best].values())).mean, color="0.7", linewidth=1, zorder=0)
         panel.set_title(f"{n} images per class")
-        panel.set_xlabel("accuracy, % (mean, 95 % interval; line: best classic)")
+        panel.set_xlabel("accuracy, %")
+    figure.supxlabel("means and 95 % intervals; grey line: best classic method", fontsize="small")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=120)
