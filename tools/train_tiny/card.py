@@ -107,7 +107,7 @@ what the images' unstated licence means for your use is for you to judge.
 ## Measured
 By `tools/train_tiny/evaluate.py` on the 5,000 `test` images ({machine}). The judge is a small convnet trained on the same
 45,000 images, which touched no other model. Variants: {steps} DDIM steps at full schedule, prompt `a photo of a {{label}}, {{caption}}`
-with the bundled captioner's captions; the guidance scale was chosen on {search} images of the training split.
+with the bundled captioner's captions, of as many images as the table says; the guidance scale was chosen on {search} images of the training split.
 
 | what | measured | wanted | reached |
 | --- | --- | --- | --- |
@@ -139,7 +139,8 @@ trained on to 1,400 and measured again.
 - That makes strengths mild: up to about 0.7 a variant differs from its original in texture more than in shape, and what is
   plainly another picture of the class comes from 0.9 on. The `tiny` preset therefore draws strengths from 0.9 to 1.
 - Trained for about three hours on a CPU core: textures are softer than the data's, and shapes at high strength are those of a
-  sketch. Without a label filter some variants lose their label there: see the table, or set `Filters(label_check="argmax")`.
+  sketch. The figures above are at a higher guidance scale and with more steps than the preset has; where labels matter, set
+  `Filters(label_check="argmax")`.
 - The captioner names the nearest common sub-category; colours are those of a fixed table, read off the centre and border.
 """
 
