@@ -24,6 +24,8 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -284,7 +286,7 @@ def in_processes(jobs: int, threads: int, calls: Iterable[tuple[Callable[..., An
             yield function(*arguments)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(threads,)) as pool:
         futures = [pool.submit(function, *arguments) for function, arguments in calls]
         try:
             for future in as_completed(futures):
@@ -292,6 +294,19 @@ def in_processes(jobs: int, threads: int, calls: Iterable[tuple[Callable[..., An
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin_worker(threads: int) -> None:
+    """A killed benchmark takes its workers along, which would otherwise finish their runs for nobody, beside the next call."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_all(experiment: Experiment, runs: list[Run], jobs: int) -> tuple[int, int]:

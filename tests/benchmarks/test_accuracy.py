@@ -135,6 +135,16 @@ def test_several_processes_give_the_same_results(task_folder, tmp_path):
     assert {(row["run"], row["accuracy"]) for row in read(alone)} == {(row["run"], row["accuracy"]) for row in read(together)}
 
 
+def test_a_killed_benchmark_takes_its_processes_along(task_folder, tmp_path):
+    more = ["--seeds", *map(str, range(40)), "--methods", "none", "mixup", "--jobs", "2"]
+    command = [sys.executable, str(SCRIPT), *arguments(task_folder, tmp_path, *more)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"1/80 ")
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)  # ends with the last process that holds the pipe
+
+
 def test_an_unknown_method_ends_with_a_sentence(task_folder, tmp_path):
     with pytest.raises(SystemExit, match="method 'magic' is unknown"):
         accuracy.main(arguments(task_folder, tmp_path, "--methods", "magic"))
