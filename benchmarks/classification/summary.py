@@ -36,7 +36,10 @@ def best_classic(table: Accuracies) -> str | None:
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table for each ``n``, and what is claimed about SGID: its gain over the best classic method, alone and with it."""
+    """A table for each ``n``, and what is claimed about SGID: its gain over the best classic method, alone and with it.
+
+    Where no classic method was run, as for ablations, differences are those to ``sgid``.
+    """
     parts = []
     for n, table in by_n(rows).items():
         best = best_classic(table)
@@ -47,13 +50,14 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _table(table: Accuracies, best: str | None) -> str:
+    reference = best or ("sgid" if "sgid" in table else None)
     lines = [
-        "| method | seeds | accuracy, % | minus best classic, points |",
+        f"| method | seeds | accuracy, % | minus {'best classic' if best or not reference else reference}, points |",
         "| --- | --- | --- | --- |",
     ]
     order = sorted(table, key=lambda name: -mean_interval(list(table[name].values())).mean)
     for name in order:
-        difference = None if best is None or name == best else paired_difference(table[name], table[best])
+        difference = None if reference is None or reference == name else paired_difference(table[name], table[reference])
         shown = "" if difference is None else format_mean(difference, signed=True)
         marked = f"**{name}** (best classic)" if name == best else name
         mean = mean_interval(list(table[name].values()))

@@ -67,6 +67,13 @@ def test_the_summary_says_what_holds_and_what_does_not():
     assert "`sgid+mixup` minus `sgid`: -0.03 ± 0.14 points over 3 seeds; at least 0 with the interval above 0: no" in text
 
 
+def test_ablations_are_compared_with_what_they_change():
+    text = markdown(rows_of({"sgid:p=1": [50, 51, 52], "sgid": [51.5, 52.5, 53.5]}))
+    assert "| method | seeds | accuracy, % | minus sgid, points |" in text
+    assert "| sgid:p=1 | 3 | 51.00 ± 2.48 | -1.50 ± 0.00 |" in text
+    assert "| sgid | 3 | 52.50 ± 2.48 |  |" in text
+
+
 def test_a_gain_below_the_papers_is_no_success():
     text = markdown(rows_of({"none": [50, 51, 52], "sgid": [51.5, 52.5, 53.5]}))
     assert "`sgid` minus `none`: +1.50 ± 0.00 points over 3 seeds; at least 1.72 with the interval above 0: no" in text
