@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test lint format clean
 
@@ -9,7 +10,8 @@ demo: $(INSTALLED)
 	$(BIN)/sgid demo --out demo
 
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST) -n 2 -m "not timing"
+	$(PYTEST) -m timing
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

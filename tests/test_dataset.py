@@ -235,9 +235,10 @@ def test_killed_service_in_a_running_epoch(tmp_path: Path) -> None:
         assert (lenient.stats().generated, lenient.stats().fallbacks) == (32, 32)
 
 
+@pytest.mark.timing
 def test_queue_never_stalls_the_loader(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "data", per_class=10, size=256, suffix="jpg")
-    chain = v2.Compose([v2.RandomResizedCrop(128), v2.RandAugment(), TO_TENSOR])
+    chain = v2.Compose([v2.RandomResizedCrop(224), v2.RandAugment(), TO_TENSOR])
     plain = ConcatDataset([ImageFolder(source, transform=chain)] * 3)
     sgid = _sgid(tmp_path, ImageFolder(source), p=0.5, on_miss="queue", generator=fake_generator(seconds=1.0))
     augmented = ConcatDataset([ImageFolder(source, transform=v2.Compose([sgid, chain]))] * 3)
