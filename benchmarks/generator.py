@@ -38,7 +38,7 @@ from sgid_transforms.generation.requests import GenerationRequest
 from sgid_transforms.generation.support import memory_formats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TINY = Path(__file__).parents[1] / "src" / "sgid_transforms" / "tiny" / "pipeline"
+TINY = Path(__file__).parents[1] / "src" / "sgid_transforms" / "assets" / "tiny" / "pipeline"
 COLOURS = ("red", "blue", "green", "white", "black", "grey", "brown", "yellow")
 
 # What (c) has to reach on two CPU cores with the bundled model, by scenario; docs/generation.md has what it does reach.

@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from sgid_transforms import Recipe, SGIDAugment, SGIDDataset
 
 WAYS = ("none", "randaugment", "sgid cold", "sgid queue", "sgid warm")
-SAMPLES = Path(__file__).parents[1] / "src" / "sgid_transforms" / "samples"
+SAMPLES = Path(__file__).parents[1] / "src" / "sgid_transforms" / "assets" / "samples"
 
 
 def transform_of(size: int, *, randaugment: bool = False) -> Any:
@@ -142,8 +142,8 @@ def measure(ways: Sequence[str], args: argparse.Namespace, folder: Path) -> Iter
 
 def fill(dataset: Any, args: argparse.Namespace, store: Path) -> None:
     """Make all variants of all images, as ``sgid generate`` does."""
+    from sgid_transforms.bulk import Models, generate_folder, scan_folder
     from sgid_transforms.captions import CaptionStore
-    from sgid_transforms.jobs import Models, generate_folder, scan_folder
     from sgid_transforms.variants import VariantStore
 
     recipe = sgid_of(args, store, "original").recipe

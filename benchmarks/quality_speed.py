@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgid_transforms.generation.engine import NativeEngine
-from sgid_transforms.generation.loading import compile_pipeline, padded_sizes
 from sgid_transforms.generation.requests import GenerationRequest
+from sgid_transforms.models.loading import compile_pipeline, padded_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools" / "train_tiny"

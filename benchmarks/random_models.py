@@ -24,7 +24,7 @@ PARAMETERS = {
 BLIP_TOKENS = 12
 """Length of a usual caption; a random captioner never ends one by itself."""
 
-_TINY = Path(__file__).parents[1] / "src" / "sgid_transforms" / "tiny"
+_TINY = Path(__file__).parents[1] / "src" / "sgid_transforms" / "assets" / "tiny"
 _BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

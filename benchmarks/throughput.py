@@ -43,11 +43,11 @@ import torch
 from random_models import BLIP_TOKENS, NAMES, random_pipeline, save_random_captioner, save_random_clip
 
 from sgid_transforms import Filters, GenerationError, Generator, Recipe, VariantStore, image_key
-from sgid_transforms.captions.captioner import BLIP, Captioner
-from sgid_transforms.generation.attention import apply_attention
+from sgid_transforms.building.builder import VariantJob, VariantMaker
 from sgid_transforms.generation.filters import ImageFilter
-from sgid_transforms.generation.loading import load_pipeline
-from sgid_transforms.service.maker import VariantJob, VariantMaker
+from sgid_transforms.models.attention import apply_attention
+from sgid_transforms.models.captioner import BLIP, Captioner
+from sgid_transforms.models.loading import load_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLIP = "openai/clip-vit-base-patch32"

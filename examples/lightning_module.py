@@ -21,7 +21,7 @@ from torchvision.models import get_model
 from torchvision.transforms import v2
 
 from sgid_transforms import SGIDAugment, SGIDDataset
-from sgid_transforms.images import load_image
+from sgid_transforms.images.reading import load_image
 
 
 class Images(lightning.LightningDataModule):
@@ -91,7 +91,7 @@ class Classifier(lightning.LightningModule):
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, default=Path(str(files("sgid_transforms"))) / "samples")
+    p.add_argument("--data", type=Path, default=Path(str(files("sgid_transforms"))) / "assets" / "samples")
     p.add_argument("--stores", type=Path, default=Path("."), help="where captions.sqlite and variants/ are, or will be")
     p.add_argument("--model", default="tiny", help="tiny, a preset, a checkpoint id or a folder")
     p.add_argument("-p", type=float, default=0.5)

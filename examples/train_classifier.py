@@ -24,9 +24,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from sgid_transforms import Recipe, SGIDAugment, SGIDError
-from sgid_transforms.folders import Skipped, show
-from sgid_transforms.images import is_image_name, load_image
-from sgid_transforms.jobs import scan_folder
+from sgid_transforms.bulk import scan_folder
+from sgid_transforms.images.folders import Skipped, show
+from sgid_transforms.images.reading import is_image_name, load_image
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,7 +91,7 @@ def accuracy(model: nn.Module, loader: Any, device: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     torch.manual_seed(args.seed)
-    data = args.data or Path(str(files("sgid_transforms"))) / "samples"
+    data = args.data or Path(str(files("sgid_transforms"))) / "assets" / "samples"
     skipped = list(scan_folder(data).skipped)
     test_skipped = list(scan_folder(args.test).skipped) if args.test else skipped
 

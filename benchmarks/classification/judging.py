@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from sgid_transforms.captions.similarity import CLIPScorer
+from sgid_transforms.models.clip import CLIPScorer
 from sgid_transforms.report.metrics import mean_pairwise_distance, vendi_score
 
 _TOOLS = Path(__file__).parents[2] / "tools" / "train_tiny"

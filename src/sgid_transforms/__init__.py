@@ -8,10 +8,8 @@ transformers only when a model is needed: importing this package costs next to n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sgid_transforms.augment import SGIDAugment
+if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
     from sgid_transforms.captions import CaptionRecord, CaptionStore
-    from sgid_transforms.dataset import SGIDDataset
     from sgid_transforms.errors import (
         GenerationError,
         MissingCaptionError,
@@ -23,62 +21,51 @@ if TYPE_CHECKING:
     )
     from sgid_transforms.generation.generator import Generator
     from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
-    from sgid_transforms.guidance import SimilarityGuidance
-    from sgid_transforms.keys import image_key
-    from sgid_transforms.recipe import Filters, Recipe
+    from sgid_transforms.images.keys import image_key
+    from sgid_transforms.recipe import Filters, Recipe, SimilarityGuidance
     from sgid_transforms.service import GenerationService
+    from sgid_transforms.transforms.augment import SGIDAugment
+    from sgid_transforms.transforms.dataset import SGIDDataset
     from sgid_transforms.variants import Provenance, VariantStore
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "CaptionRecord": "captions",
-    "CaptionStore": "captions",
-    "Filters": "recipe",
-    "GenerationError": "errors",
-    "GenerationRequest": "generation.requests",
-    "GenerationResult": "generation.requests",
-    "GenerationService": "service",
-    "Generator": "generation.generator",
-    "MissingCaptionError": "errors",
-    "ModelLoadError": "errors",
-    "Provenance": "variants",
-    "Recipe": "recipe",
-    "RecipeError": "errors",
-    "SGIDAugment": "augment",
-    "SGIDDataset": "dataset",
-    "SGIDError": "errors",
-    "ServiceError": "errors",
-    "SimilarityGuidance": "guidance",
-    "StoreError": "errors",
-    "VariantStore": "variants",
-    "image_key": "keys",
+_PUBLIC = {
+    "captions": (
+        "CaptionRecord",
+        "CaptionStore",
+    ),
+    "errors": (
+        "GenerationError",
+        "MissingCaptionError",
+        "ModelLoadError",
+        "RecipeError",
+        "ServiceError",
+        "SGIDError",
+        "StoreError",
+    ),
+    "generation.generator": ("Generator",),
+    "generation.requests": (
+        "GenerationRequest",
+        "GenerationResult",
+    ),
+    "images.keys": ("image_key",),
+    "recipe": (
+        "Filters",
+        "Recipe",
+        "SimilarityGuidance",
+    ),
+    "service": ("GenerationService",),
+    "transforms.augment": ("SGIDAugment",),
+    "transforms.dataset": ("SGIDDataset",),
+    "variants": (
+        "Provenance",
+        "VariantStore",
+    ),
 }
+_HOMES = {name: home for home, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "CaptionRecord",
-    "CaptionStore",
-    "Filters",
-    "GenerationError",
-    "GenerationRequest",
-    "GenerationResult",
-    "GenerationService",
-    "Generator",
-    "MissingCaptionError",
-    "ModelLoadError",
-    "Provenance",
-    "Recipe",
-    "RecipeError",
-    "SGIDAugment",
-    "SGIDDataset",
-    "SGIDError",
-    "ServiceError",
-    "SimilarityGuidance",
-    "StoreError",
-    "VariantStore",
-    "__version__",
-    "image_key",
-]
+__all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sgid_transforms.captions import CaptionRecord, CaptionStore
 from sgid_transforms.errors import StoreError
-from sgid_transforms.keys import image_key
+from sgid_transforms.images.keys import image_key
 
 NASTY = 'a "cat"\non\u2028 a \\ mat\0 \ufffd 猫'
 

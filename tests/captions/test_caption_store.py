@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sgid_transforms.captions import CaptionRecord, CaptionStore
 from sgid_transforms.errors import StoreError
-from sgid_transforms.guidance import rank_similarities
+from sgid_transforms.recipe.guidance import rank_similarities
 
 FULL = CaptionRecord("ab12", "a cat on a mat", "cat", 0.25, 0.5, "blip", "model", "train/cat/1.png")
 

@@ -9,7 +9,7 @@ import pytest
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from sgid_transforms.cli.notes import tiny_note
 from sgid_transforms.cli.output import bar, duration, size
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
 COMMANDS = ("demo", "caption", "generate", "preview", "report", "export", "verify", "prune", "doctor")
@@ -189,7 +189,7 @@ def test_ctrl_c_where_nothing_is_at_stake_ends_without_a_traceback(fake_sgid, mo
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sgid_transforms.jobs.scan_folder", interrupted)
+    monkeypatch.setattr("sgid_transforms.bulk.scan_folder", interrupted)
     code, _, err = fake_sgid("export", "data", "out")
     assert (code, "Traceback" in err) == (130, False)
 
@@ -207,7 +207,7 @@ def test_a_bar_shows_only_where_something_takes_longer_than_a_second(capsys, mon
 
 def test_a_bug_keeps_its_traceback(fake_sgid, monkeypatch, tmp_path):
     plain_folder(tmp_path / "data", 1)
-    monkeypatch.setattr("sgid_transforms.jobs.scan_folder", lambda *arguments, **named: 1 / 0)
+    monkeypatch.setattr("sgid_transforms.bulk.scan_folder", lambda *arguments, **named: 1 / 0)
     monkeypatch.setattr("sys.argv", ["sgid", "generate", "data"])
     from sgid_transforms.cli import main
 

@@ -57,7 +57,7 @@ def test_the_images_that_test_are_never_trained_on(samples):
 
 
 def demo_scan(samples):
-    from sgid_transforms.jobs import scan_folder
+    from sgid_transforms.bulk import scan_folder
 
     return scan_folder(samples)
 

@@ -12,7 +12,7 @@ import pytest
 
 from image_folders import plain_folder
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
 IMAGES, VARIANTS = 24, 4
@@ -20,7 +20,7 @@ COMMAND = ["generate", "data", "-k", str(VARIANTS)]
 
 # One clean process imports PyTorch, and every command is forked from it: 22 of them start in the time of one.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["sgid_transforms.jobs", "sgid_transforms.cli", "interrupted_sgid"])
+context.set_forkserver_preload(["sgid_transforms.bulk", "sgid_transforms.cli", "interrupted_sgid"])
 
 
 class Run:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from image_folders import picture, plain_folder
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.recipe.recipe import Recipe
 
 
 def nothing(folder):

@@ -8,8 +8,8 @@ from PIL import Image
 
 from image_folders import BROKEN, GOOD, own_folder, plain_folder
 from sgid_transforms.cli import checks
-from sgid_transforms.images import load_image
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.images.reading import load_image
+from sgid_transforms.recipe.recipe import Recipe
 
 SMALL = ("-k", 1, "--batch-size", 4)
 

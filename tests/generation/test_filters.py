@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgid_transforms.captions.similarity import CLIPScorer
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.filters import (
     REASONS,
@@ -28,7 +27,8 @@ from sgid_transforms.generation.filters import (
     retry_strength,
     similarity_reason,
 )
-from sgid_transforms.recipe import Filters
+from sgid_transforms.models.clip import CLIPScorer
+from sgid_transforms.recipe.recipe import Filters
 
 
 @pytest.fixture(scope="module")

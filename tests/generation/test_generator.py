@@ -12,14 +12,14 @@ import tiny_models
 import tiny_text
 import torch
 
-from sgid_transforms.captions.similarity import CLIPScorer
 from sgid_transforms.errors import GenerationError, ModelLoadError, RecipeError
 from sgid_transforms.generation.adapters import PipelineAdapter
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.filters import retry_seed
 from sgid_transforms.generation.generator import Generator, GeneratorStats, choose_batch_size
 from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, steps_to_run
-from sgid_transforms.recipe import Filters, Recipe
+from sgid_transforms.models.clip import CLIPScorer
+from sgid_transforms.recipe.recipe import Filters, Recipe
 
 BLACK = torch.zeros(3, 32, 32, dtype=torch.uint8)
 

@@ -12,8 +12,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from augment_fakes import FakeCaptioner, FakeScorer, fake_generator
-from sgid_transforms.augment import SGIDAugment
-from sgid_transforms.dataset import SGIDDataset
+from sgid_transforms.transforms.augment import SGIDAugment
+from sgid_transforms.transforms.dataset import SGIDDataset
 
 
 class LoggingCaptioner(FakeCaptioner):

@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, fake_generator, picture, pil_picture
-from sgid_transforms.augment import SGIDAugment
-from sgid_transforms.dataset import SGIDDataset
-from sgid_transforms.keys import image_key
+from sgid_transforms.images.keys import image_key
+from sgid_transforms.transforms.augment import SGIDAugment
+from sgid_transforms.transforms.dataset import SGIDDataset
 
 
 def test_prepare_with_transform_and_loader(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from augment_fakes import captioned, fake_generator, image_folder, picture
-from sgid_transforms.augment import SGIDAugment
+from sgid_transforms.transforms.augment import SGIDAugment
 
 # What Lightning's own code does with torch, and its advice for real trainings.
 pytestmark = [

@@ -6,8 +6,8 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from augment_fakes import captioned, fake_generator, image_folder, picture, pil_picture
-from sgid_transforms.augment import SGIDAugment
-from sgid_transforms.dataset import SGIDDataset
+from sgid_transforms.transforms.augment import SGIDAugment
+from sgid_transforms.transforms.dataset import SGIDDataset
 
 
 @pytest.fixture

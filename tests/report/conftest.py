@@ -1,11 +1,6 @@
-"""Puts this folder on the path, so that its tests find the shared fakes."""
-
-import sys
-from pathlib import Path
+"""One report over small stores, for all tests that look at it."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from PIL import Image
 from report_fakes import ColourScorer, make_stores, near
 
 from sgid_transforms.captions import CaptionRecord
-from sgid_transforms.keys import image_key
+from sgid_transforms.images.keys import image_key
 from sgid_transforms.report import ReportError, _view, write_report
 from sgid_transforms.report._pictures import embed
 from sgid_transforms.report.facts import ImageFacts, VariantFacts

@@ -5,7 +5,7 @@ import torch
 from report_fakes import ColourScorer, make_stores, near, plain
 
 from sgid_transforms.captions import CaptionRecord
-from sgid_transforms.keys import image_key
+from sgid_transforms.images.keys import image_key
 from sgid_transforms.report import survey
 from sgid_transforms.report.metrics import cmmd
 from sgid_transforms.variants.provenance import Provenance

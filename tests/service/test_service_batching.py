@@ -3,8 +3,8 @@
 import threading
 import time
 
-from sgid_transforms.service.batching import Batcher
-from sgid_transforms.service.wire import Item
+from sgid_transforms.service.protocol import Item
+from sgid_transforms.service.queue import Batcher
 
 
 def _items(*names: str) -> list[Item]:

@@ -265,7 +265,7 @@ def test_ranks_are_recognised_by_their_launcher(monkeypatch: pytest.MonkeyPatch)
 
 def test_service_ends_with_a_killed_starter() -> None:
     script = (
-        "import sys, time; sys.path[:] = " + repr([str(Path(__file__).parent), *sys.path]) + "\n"
+        "import sys, time; sys.path[:] = " + repr([str(Path(__file__).parents[1] / "helpers"), *sys.path]) + "\n"
         "from service_fakes import fake_factory; from sgid_transforms.service import GenerationService\n"
         "print(GenerationService(fake_factory()).start().pid, flush=True); time.sleep(100)"
     )

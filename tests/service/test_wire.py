@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgid_transforms.service.wire import Item, recv_frame, send_frame
+from sgid_transforms.service.protocol import Item, recv_frame, send_frame
 
 _META = st.dictionaries(st.text(max_size=5), st.text() | st.none())
 

@@ -30,7 +30,7 @@ def test_two_columns_of_originals_with_their_variants(tool, tmp_path, monkeypatc
 
 
 def test_classes_come_in_turn(tool):
-    folder = TOOL.parents[2] / "src" / "sgid_transforms" / "samples"
+    folder = TOOL.parents[2] / "src" / "sgid_transforms" / "assets" / "samples"
     labels = [label for label, _ in tool.originals(folder, 16, 0)]
     assert labels == sorted(labels)
     assert len(set(labels)) == 10

@@ -116,7 +116,7 @@ def test_an_unknown_format_is_refused_with_the_known_ones():
 
 
 def test_the_formats_are_those_that_a_recipe_accepts():
-    from sgid_transforms import recipe
+    from sgid_transforms.recipe import recipe
 
     assert set(recipe.IMAGE_FORMATS) == set(IMAGE_FORMATS)
 

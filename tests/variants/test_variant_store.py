@@ -1,4 +1,4 @@
-"""VariantStore: what is stored where, who is first, what upkeep does."""
+"""VariantStore: what is stored where, who is first, what maintenance does."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sgid_transforms.errors import StoreError
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants import IMAGE_FORMATS, Provenance, VariantRef, VariantStore
 
 KEY = "0123456789abcdef0123456789abcdef"

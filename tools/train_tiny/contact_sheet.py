@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sgid_transforms.folders import list_folder
+from sgid_transforms.building.factory import Describer
 from sgid_transforms.generation.generator import Generator
 from sgid_transforms.generation.requests import GenerationRequest
-from sgid_transforms.guidance import guidance_scale
-from sgid_transforms.images import load_image
-from sgid_transforms.keys import to_uint8_chw
-from sgid_transforms.prompts import build_prompt
-from sgid_transforms.recipe import Filters, Recipe
+from sgid_transforms.images.folders import list_folder
+from sgid_transforms.images.keys import to_uint8_chw
+from sgid_transforms.images.reading import load_image
+from sgid_transforms.recipe.guidance import guidance_scale
+from sgid_transforms.recipe.prompts import build_prompt
+from sgid_transforms.recipe.recipe import Filters, Recipe
 from sgid_transforms.report import contact_sheet
-from sgid_transforms.service.factory import Describer
 
 ROOT = Path(__file__).parents[2]
 STRENGTHS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -42,7 +42,7 @@ def beside(left: Image.Image, right: Image.Image, gap: int = 24) -> Image.Image:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--samples", type=Path, default=ROOT / "src" / "sgid_transforms" / "samples")
+    p.add_argument("--samples", type=Path, default=ROOT / "src" / "sgid_transforms" / "assets" / "samples")
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "tiny-contact-sheet.png")
     p.add_argument("--rows", type=int, default=16, help="originals; shown in two columns of half as many")
     p.add_argument("--skip", type=int, default=0, help="of each class, begin with this image")

@@ -166,7 +166,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--data", required=True)
     p.add_argument("--work", required=True, type=Path, help="the stages' folder: the judge's weights and the training logs")
-    p.add_argument("--bundle", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "tiny")
+    p.add_argument("--bundle", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "assets" / "tiny")
     p.add_argument("--limit", type=int, default=5000, help="images for the variants")
     p.add_argument("--search", type=int, default=500, help="images on which the best guidance scale is chosen")
     p.add_argument("--only", nargs="*", choices=("vae", "clip", "captioner", "variants"), help="parts to measure (all)")

@@ -64,7 +64,7 @@ def pipeline(work: Path, allow_missing: bool) -> StableDiffusionImg2ImgPipeline:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--work", required=True, type=Path, help="folder of the stages' checkpoints")
-    p.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "tiny")
+    p.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "assets" / "tiny")
     p.add_argument("--allow-missing", action="store_true", help="random weights for stages without a checkpoint")
     p.add_argument("--judge", type=Path, help="also write the judge's weights to this safetensors file")
     args = p.parse_args()

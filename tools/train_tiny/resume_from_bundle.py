@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import captioner as captioner_stage
 
 HERE = Path(__file__).parent
-BUNDLE = HERE.parents[1] / "src" / "sgid_transforms" / "tiny"
+BUNDLE = HERE.parents[1] / "src" / "sgid_transforms" / "assets" / "tiny"
 
 
 def checkpoint(path: Path, modules: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -13,7 +13,7 @@ from data import CLASSES, load_split
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--data", required=True)
-    p.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "samples")
+    p.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "assets" / "samples")
     p.add_argument("--per-class", type=int, default=20)
     args = p.parse_args()
     data = load_split(args.data, "test")

@@ -120,7 +120,7 @@ def _record(fields: dict[str, Any]) -> CaptionRecord:
 def _key_of_file(path: Path) -> str:
     from PIL import Image
 
-    from sgid_transforms.keys import image_key
+    from sgid_transforms.images.keys import image_key
 
     try:
         with warnings.catch_warnings():

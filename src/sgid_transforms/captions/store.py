@@ -9,7 +9,7 @@ from sgid_transforms.captions import exchange
 from sgid_transforms.captions.database import Database
 from sgid_transforms.captions.record import COLUMNS, CaptionRecord, check_key, from_row, to_row
 from sgid_transforms.errors import StoreError
-from sgid_transforms.guidance import rank_similarities
+from sgid_transforms.recipe.guidance import rank_similarities
 
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x53474944  # "SGID"

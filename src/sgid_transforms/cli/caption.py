@@ -28,8 +28,8 @@ def command(
     It also measures how well label and caption describe each image. What is known already is left alone; `sgid generate`
     does all this first, too.
     """
+    from sgid_transforms.bulk import caption_folder, scan_folder
     from sgid_transforms.captions.store import CaptionStore
-    from sgid_transforms.jobs import caption_folder, scan_folder
 
     wanted = options.recipe_from(recipe, model)
     names = options.class_names_from(class_names)

@@ -84,7 +84,7 @@ def devices() -> Iterator[Check]:
 
 def attention(device: str) -> Iterator[Check]:
     """Which attention kernel runs there: found by running it, not by what is installed."""
-    from sgid_transforms.generation.attention import probe_xformers
+    from sgid_transforms.models.attention import probe_xformers
 
     kernel, others = _sdpa_kernel(device)
     yield Check(
@@ -196,7 +196,7 @@ def _try_out(generate: Any, recipe: Any, device: str) -> Iterator[Check]:
 
 
 def _load(recipe: Any, device: str) -> Any:
-    from sgid_transforms.service.factory import load_generator
+    from sgid_transforms.building.factory import load_generator
 
     return load_generator(recipe, device, local_files_only=True)
 
@@ -248,7 +248,7 @@ def _sdpa_kernel(device: str) -> tuple[str, str]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    from sgid_transforms.generation.loading import default_dtype
+    from sgid_transforms.models.loading import default_dtype
 
     query = torch.ones(2, 8, 64, 40, device=device, dtype=default_dtype(device))
     choose = getattr(torch, "_fused_sdp_choice", None)

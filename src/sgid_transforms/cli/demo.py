@@ -14,11 +14,11 @@ from sgid_transforms.cli.stopping import stoppable
 
 if TYPE_CHECKING:
     from sgid_transforms.captions.store import CaptionStore
-    from sgid_transforms.folders import Scan
-    from sgid_transforms.recipe import Recipe
+    from sgid_transforms.images.folders import Scan
+    from sgid_transforms.recipe.recipe import Recipe
     from sgid_transforms.variants.store import VariantStore
 
-SAMPLES: Final = Path(__file__).resolve().parent.parent / "samples"
+SAMPLES: Final = Path(__file__).resolve().parent.parent / "assets" / "samples"
 _SHOWN: Final = 12  # rows of the contact sheet
 _SEEDS: Final = 3  # of either training
 
@@ -35,10 +35,10 @@ def command(
     """
     start = time.perf_counter()
     say("loading PyTorch ...")
+    from sgid_transforms.bulk import generate_folder, scan_folder
     from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.cli.demo_training import split
-    from sgid_transforms.jobs import generate_folder, scan_folder
-    from sgid_transforms.recipe import Recipe
+    from sgid_transforms.recipe.recipe import Recipe
     from sgid_transforms.report.html import check_extra
     from sgid_transforms.variants.store import VariantStore
 
@@ -95,7 +95,7 @@ def _only(scan: "Scan", indices: list[int]) -> "Scan":
 
 
 def _sheet(path: Path, scan: "Scan", recipe: "Recipe", captions: "CaptionStore", variants: "VariantStore", count: int) -> Path:
-    from sgid_transforms.images import load_image
+    from sgid_transforms.images.reading import load_image
     from sgid_transforms.report import contact_sheet
 
     images = scan.images[:: max(1, len(scan.images) // _SHOWN)][:_SHOWN]
@@ -111,7 +111,7 @@ def _sheet(path: Path, scan: "Scan", recipe: "Recipe", captions: "CaptionStore",
 
 
 def _report(path: Path, recipe: "Recipe", captions: "CaptionStore", variants: "VariantStore") -> Path:
-    from sgid_transforms.captions.similarity import CLIPScorer
+    from sgid_transforms.models.clip import CLIPScorer
     from sgid_transforms.report.html import write_report
 
     write_report(path, captions, variants, recipe, scorer=CLIPScorer("tiny"), title="Demo: variants of CIFAR-10 images")
@@ -129,8 +129,8 @@ def _training(
     steps: int,
 ) -> dict[str, Any]:
     """Both runs, or what an earlier call with the same settings found."""
-    from sgid_transforms.augment import SGIDAugment
     from sgid_transforms.cli.demo_training import train_and_test
+    from sgid_transforms.transforms.augment import SGIDAugment
 
     settings = {"recipe": recipe.fingerprint, "variants_per_image": count, "steps": steps, "seeds": _SEEDS}
     try:

@@ -24,8 +24,8 @@ def command(
     OUT gets class folders named as DATA's, and a metadata.jsonl: torchvision's ImageFolder and Hugging Face's imagefolder
     both read it. Files are copied as they are.
     """
-    from sgid_transforms.exporting import export_folder
-    from sgid_transforms.jobs import scan_folder
+    from sgid_transforms.bulk import scan_folder
+    from sgid_transforms.variants.export import export_folder
     from sgid_transforms.variants.store import VariantStore
 
     wanted = options.recipe_from(recipe, model)

@@ -12,7 +12,7 @@ from sgid_transforms.cli.output import duration, list_skipped, note, say, say_js
 from sgid_transforms.cli.stopping import stoppable
 
 if TYPE_CHECKING:
-    from sgid_transforms.jobs import Estimate, GenerateReport
+    from sgid_transforms.bulk import Estimate, GenerateReport
 
 
 def command(
@@ -37,8 +37,8 @@ def command(
     Captions are written first where there are none. What is there is left alone: after Ctrl-C, a crash, or with new
     images, call it again.
     """
+    from sgid_transforms.bulk import estimate_folder, generate_folder, scan_folder
     from sgid_transforms.captions.store import CaptionStore
-    from sgid_transforms.jobs import estimate_folder, generate_folder, scan_folder
     from sgid_transforms.variants.store import VariantStore
 
     wanted = options.recipe_from(recipe, model)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sgid_transforms.jobs import Models, Shard
-    from sgid_transforms.recipe import Recipe
+    from sgid_transforms.bulk import Models, Shard
+    from sgid_transforms.recipe.recipe import Recipe
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder that holds one folder of images per class.")]
 Captions = Annotated[Path, typer.Option(metavar="FILE", help="Caption store.")]
@@ -32,7 +32,7 @@ def recipe_from(recipe: Path | None, model: str | None) -> "Recipe":
     Raises:
         RecipeError: the file or the model's name is wrong.
     """
-    from sgid_transforms.recipe import Recipe
+    from sgid_transforms.recipe.recipe import Recipe
 
     if recipe is not None and model is not None:
         raise typer.BadParameter("give --recipe or --model, not both: a recipe names its model")
@@ -43,14 +43,14 @@ def recipe_from(recipe: Path | None, model: str | None) -> "Recipe":
 
 def models_from(device: str, batch_size: int, captioner: str = "auto", scorer: str = "auto") -> "Models":
     """The models of a command line."""
-    from sgid_transforms.jobs import Models
+    from sgid_transforms.bulk import Models
 
     return Models(resolve_device(device), captioner, scorer, batch_size=batch_size)
 
 
 def shard_from(text: str) -> "Shard":
     """``2/4`` as the second of four shares."""
-    from sgid_transforms.jobs import Shard
+    from sgid_transforms.bulk import Shard
 
     number, slash, count = text.partition("/")
     if not slash or not number.strip().isdecimal() or not count.strip().isdecimal():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sgid_transforms.cli import codes
 
 if TYPE_CHECKING:
-    from sgid_transforms.folders import Skipped
+    from sgid_transforms.images.folders import Skipped
 
 
 def say(text: str = "") -> None:
@@ -65,7 +65,7 @@ def table(rows: Sequence[tuple[str, str]]) -> None:
 
 def list_skipped(title: str, skipped: Sequence["Skipped"], base: Path | None = None) -> None:
     """Every file that was left out, with its reason."""
-    from sgid_transforms.folders import show
+    from sgid_transforms.images.folders import show
 
     if skipped:
         say(f"{title}:")

@@ -28,14 +28,14 @@ def command(
 
     The contact sheet shows what the recipe's two main settings do, to choose them by.
     """
+    from sgid_transforms.building.factory import Describer, load_generator
     from sgid_transforms.errors import ImageError
     from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
-    from sgid_transforms.images import load_image
-    from sgid_transforms.keys import to_uint8_chw
-    from sgid_transforms.prompts import build_prompt, clean_label
-    from sgid_transforms.recipe import Filters
+    from sgid_transforms.images.keys import to_uint8_chw
+    from sgid_transforms.images.reading import load_image
+    from sgid_transforms.recipe.prompts import build_prompt, clean_label
+    from sgid_transforms.recipe.recipe import Filters
     from sgid_transforms.report import contact_sheet
-    from sgid_transforms.service.factory import Describer, load_generator
 
     wanted = options.recipe_from(recipe, model).replace(filters=Filters(max_retries=0))
     models = options.models_from(device, batch_size, captioner)

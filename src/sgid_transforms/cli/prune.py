@@ -46,7 +46,7 @@ def command(
 
 def _fingerprint(name: str, there: Iterable[str]) -> str:
     """The fingerprint that a user means, which must be in the store: a slip would remove everything."""
-    from sgid_transforms.recipe import Recipe
+    from sgid_transforms.recipe.recipe import Recipe
 
     known = list(there)
     if name in known:

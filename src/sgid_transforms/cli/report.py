@@ -26,10 +26,10 @@ def command(
     Originals beside their variants, label consistency and diversity by class, rejects by reason. The page is one file that
     loads nothing from anywhere. `--scorer none` leaves out what CLIP measures.
     """
-    from sgid_transforms.captions.similarity import CLIPScorer
     from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.errors import ImageError
-    from sgid_transforms.images import load_image
+    from sgid_transforms.images.reading import load_image
+    from sgid_transforms.models.clip import CLIPScorer
     from sgid_transforms.report.html import write_report
     from sgid_transforms.variants.store import VariantStore
 

@@ -18,7 +18,7 @@ def command(
 
     Each is read, decoded, and compared with its digest. After --repair, `sgid generate` makes what was damaged again.
     """
-    from sgid_transforms.folders import show
+    from sgid_transforms.images.folders import show
     from sgid_transforms.variants.store import VariantStore
 
     if not variants.is_dir():

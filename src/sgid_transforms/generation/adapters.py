@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from sgid_transforms.errors import ModelLoadError, RecipeError
-from sgid_transforms.generation._quiet import quiet_calls
 from sgid_transforms.generation.batching import BatchLimit, run_isolated
-from sgid_transforms.generation.checkpoints import UNSUPPORTED_FAMILIES, image_to_image_family
 from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, check_image, check_text, steps_to_run
 from sgid_transforms.generation.schedule import SAMPLERS
 from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
+from sgid_transforms.models.checkpoints import UNSUPPORTED_FAMILIES, image_to_image_family
+from sgid_transforms.models.quiet import quiet_calls
 
 # Kandinsky's combined pipelines hand their list of generators to a prior that doubles the batch, and run out of it.
 _ONE_IMAGE_PER_CALL = ("KandinskyImg2ImgCombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline")

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sgid_transforms.captions.similarity import CLIPScorer
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.requests import GenerationRequest
-from sgid_transforms.recipe import Filters
+from sgid_transforms.models.clip import CLIPScorer
+from sgid_transforms.recipe.recipe import Filters
 
 REASONS = ("nan", "black", "constant", "nsfw", "label", "too_similar", "too_different")
 """Short names of all reasons for which an image can be rejected."""

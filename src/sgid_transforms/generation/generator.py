@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgid_transforms.captions.similarity import CLIPScorer
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.adapters import PipelineAdapter
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.filters import ImageFilter, Verdict, needs_clip, retry_seed, retry_strength
-from sgid_transforms.generation.loading import compile_pipeline, default_dtype, load_pipeline, padded_sizes
 from sgid_transforms.generation.requests import Engine, GenerationRequest, GenerationResult, RejectedImageError
-from sgid_transforms.recipe import Filters, Recipe
+from sgid_transforms.models.clip import CLIPScorer
+from sgid_transforms.models.loading import compile_pipeline, default_dtype, load_pipeline, padded_sizes
+from sgid_transforms.recipe.recipe import Filters, Recipe
 
 
 @dataclass(frozen=True)

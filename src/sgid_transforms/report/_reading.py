@@ -13,9 +13,9 @@ from PIL import Image
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ImageError
-from sgid_transforms.images import load_image
-from sgid_transforms.keys import to_uint8_chw
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.images.keys import to_uint8_chw
+from sgid_transforms.images.reading import load_image
+from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.report.facts import NO_LABEL, ImageFacts, VariantFacts
 from sgid_transforms.variants.store import VariantStore
 

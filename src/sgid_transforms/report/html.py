@@ -16,7 +16,7 @@ from typing import Any
 
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import SGIDError
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.report import _view
 from sgid_transforms.report._pictures import Picture, embed
 from sgid_transforms.report._reading import Originals, Reader

@@ -1,7 +1,7 @@
 """Figures that say whether variants keep their label, stay near their original, and differ from each other.
 
 All of them work on embeddings ``(N, D)`` of any model, or on images and a scorer such as
-:class:`~sgid_transforms.captions.similarity.CLIPScorer`. FID, KID and LPIPS need weights that are downloaded once.
+:class:`~sgid_transforms.models.clip.CLIPScorer`. FID, KID and LPIPS need weights that are downloaded once.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.recipe import Recipe
+from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.report._reading import Originals, Reader
 from sgid_transforms.report._scoring import Scored, half_cmmd, score_rows, summarize
 from sgid_transforms.report.facts import Survey

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sgid_transforms.errors import ServiceError
-from sgid_transforms.service.wire import Item, recv_frame, send_frame
+from sgid_transforms.service.protocol import Item, recv_frame, send_frame
 
 _FULL_PAUSE = 0.1  # seconds without asking after the background queue was found full
 

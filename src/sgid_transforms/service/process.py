@@ -19,8 +19,8 @@ from typing import Any, Self
 
 from sgid_transforms.errors import GenerationError, ModelLoadError, ServiceError
 from sgid_transforms.service.client import ServiceClient
-from sgid_transforms.service.counters import try_lock
 from sgid_transforms.service.server import HandlerFactory
+from sgid_transforms.transforms.state import try_lock
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_transforms.service.server import main; main({}, {})"
 _LOAD_ERRORS = {"ModelLoadError": ModelLoadError, "GenerationError": GenerationError}

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from sgid_transforms.service.batching import Batcher
-from sgid_transforms.service.wire import Item, recv_frame, send_frame
+from sgid_transforms.service.protocol import Item, recv_frame, send_frame
+from sgid_transforms.service.queue import Batcher
 
 Handler = Callable[[Sequence[Item]], Sequence[Item]]
 HandlerFactory = Callable[[], Handler]

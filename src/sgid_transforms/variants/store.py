@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from sgid_transforms.errors import StoreError
-from sgid_transforms.variants import codec, container, failures, naming, upkeep
+from sgid_transforms.variants import codec, container, failures, maintenance, naming
 from sgid_transforms.variants.folder import StoreFolder
+from sgid_transforms.variants.maintenance import StoreStats, VerifyReport
 from sgid_transforms.variants.naming import HasFingerprint
 from sgid_transforms.variants.provenance import Provenance
-from sgid_transforms.variants.upkeep import StoreStats, VerifyReport
 
 _Decoded = TypeVar("_Decoded")
 
@@ -198,9 +198,9 @@ class VariantStore:
     def stats(self) -> StoreStats:
         """Counts and sizes, by walking the whole store."""
         self._folder.check_version()
-        return upkeep.stats(self._folder)
+        return maintenance.stats(self._folder)
 
-    def verify(self, repair: bool = False, *, progress: upkeep.Progress = upkeep.no_progress) -> VerifyReport:
+    def verify(self, repair: bool = False, *, progress: maintenance.Progress = maintenance.no_progress) -> VerifyReport:
         """Read and decode every file.
 
         Args:
@@ -211,10 +211,13 @@ class VariantStore:
         if repair:
             self._folder.prepare_to_write()
             self.sweep()
-        return upkeep.verify(self._folder, repair=repair, progress=progress)
+        return maintenance.verify(self._folder, repair=repair, progress=progress)
 
     def prune(
-        self, keep: HasFingerprint | str | Iterable[HasFingerprint | str], *, progress: upkeep.Progress = upkeep.no_progress
+        self,
+        keep: HasFingerprint | str | Iterable[HasFingerprint | str],
+        *,
+        progress: maintenance.Progress = maintenance.no_progress,
     ) -> int:
         """Remove the variants and failures of all recipes but the one or those to keep; returns how many files.
 
@@ -230,7 +233,7 @@ class VariantStore:
                 f"prune was given no recipe to keep, so that all of {self.root} would go; delete the folder for that"
             )
         self._folder.prepare_to_write()
-        return upkeep.prune(self._folder, kept, progress)
+        return maintenance.prune(self._folder, kept, progress)
 
     def merge(self, other: "VariantStore | str | os.PathLike[str]") -> int:
         """Copy the variants and failures of another store that this one lacks; returns how many files.
@@ -246,7 +249,7 @@ class VariantStore:
             raise StoreError(f"there is no variant store at {source.root} to merge; check the path")
         source.check_version()
         self._folder.prepare_to_write()
-        return upkeep.merge(self._folder, source)
+        return maintenance.merge(self._folder, source)
 
     def sweep(self, max_age: float = naming.ORPHAN_AGE) -> int:
         """Remove the temporary files of killed writers; every process does so before its first write.

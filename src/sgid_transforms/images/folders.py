@@ -1,0 +1,194 @@
+"""A folder of class folders, as torchvision's ``ImageFolder`` reads it, but with every file accounted for."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sgid_transforms.errors import FolderError, ImageError, RecipeError
+from sgid_transforms.images.keys import image_key
+from sgid_transforms.images.reading import is_image_name, read_image
+from sgid_transforms.recipe.prompts import clean_label
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or folder that was left out, and the reason in a sentence."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file with the name of an image, in a class folder.
+
+    Args:
+        path: of the file.
+        folder: name of its class folder.
+        label: the class in words.
+    """
+
+    path: Path
+    folder: str
+    label: str
+
+
+@dataclass(frozen=True)
+class KnownImage:
+    """An image file that could be decoded.
+
+    Args:
+        file: where it is.
+        key: of its picture (:func:`~sgid_transforms.images.keys.image_key`).
+        size: ``(height, width)`` in pixels, upright.
+        turned: whether its EXIF orientation turned it.
+    """
+
+    file: ImageFile
+    key: str
+    size: tuple[int, int]
+    turned: bool
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a folder of class folders, before any file is opened.
+
+    Args:
+        files: those with the name of an image, class by class, by name.
+        classes: class folders with such files, sorted: ``ImageFolder`` numbers them so.
+        skipped: what looks as if it should have counted, but does not.
+        ignored: how many other files there are, such as ``readme.txt``; hidden ones are not counted.
+    """
+
+    files: tuple[ImageFile, ...]
+    classes: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    ignored: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A listing whose files were opened.
+
+    Args:
+        images: one for each different picture, in the listing's order.
+        skipped: what was left out.
+        duplicates: files that hold a picture of their class once more; they share its captions and variants.
+    """
+
+    images: tuple[KnownImage, ...]
+    skipped: tuple[Skipped, ...]
+    duplicates: int
+    classes: tuple[str, ...] = field(default=())
+
+
+def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | None = None) -> Listing:
+    """Find the image files of a folder of class folders, however deep, in an order that depends on names alone.
+
+    Args:
+        root: its folders are the classes.
+        class_names: words for folder names that say nothing, such as ``{"n02123045": "tabby cat"}``.
+
+    Raises:
+        FolderError: there is no such folder, or no class folder in it.
+        RecipeError: a class folder's name has no words in it, or ``class_names`` names a folder that is not there.
+    """
+    top = Path(root)
+    if not top.is_dir():
+        what = "is a file" if top.exists() else "does not exist"
+        raise FolderError(f"{show(top)} {what}; give a folder that has one folder of images for each class")
+    try:
+        entries = sorted(top.iterdir())
+    except OSError as error:
+        raise FolderError(f"{show(top)} cannot be read ({error.strerror}); check its permissions") from None
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    loose = [entry for entry in entries if is_image_name(entry) and not entry.is_dir()]
+    if not folders:
+        what = "images, but no class folders" if loose else "no class folders"
+        raise FolderError(f"{show(top)} has {what}; put the images of each class into a folder that is named as the class")
+    _known(class_names, folders)
+    skipped = [Skipped(path, "it lies outside of the class folders; move it into one") for path in loose]
+    files: list[ImageFile] = []
+    classes: list[str] = []
+    ignored = sum(not entry.is_dir() and not is_image_name(entry) and not entry.name.startswith(".") for entry in entries)
+    for folder in folders:
+        found = list(_walk(folder, lambda path, reason: skipped.append(Skipped(path, reason))))
+        images = sorted(path for path in found if is_image_name(path))
+        ignored += sum(not is_image_name(path) and not path.name.startswith(".") for path in found)
+        if not images:
+            skipped.append(Skipped(folder, "it is a class folder without images; remove it, or fill it"))
+            continue
+        label = _label(folder, class_names)
+        classes.append(folder.name)
+        files += [ImageFile(path, folder.name, label) for path in images]
+    return Listing(tuple(files), tuple(classes), tuple(skipped), ignored)
+
+
+def scan_files(listing: Listing, progress: Callable[[Iterable[ImageFile]], Iterable[ImageFile]] = iter) -> Scan:
+    """Decode every file of a listing once, to know its picture's key, and which ones cannot be used.
+
+    Args:
+        progress: wraps the files while they are walked through, as ``tqdm`` does.
+    """
+    images: dict[str, KnownImage] = {}
+    skipped = list(listing.skipped)
+    duplicates = 0
+    for file in progress(listing.files):
+        try:
+            picture, turned = read_image(file.path)
+        except ImageError as error:
+            skipped.append(Skipped(file.path, str(error)))
+            continue
+        key = image_key(picture)
+        first = images.setdefault(key, KnownImage(file, key, (picture.height, picture.width), turned))
+        if first.file is file:
+            continue
+        if first.file.label == file.label:
+            duplicates += 1
+        else:  # one picture cannot have variants of two classes: its key is the same
+            other = show(first.file.path)
+            skipped.append(Skipped(file.path, f"it shows the very picture of {other}, which has another label; remove one"))
+    return Scan(tuple(images.values()), tuple(skipped), duplicates, listing.classes)
+
+
+def show(path: str | os.PathLike[str]) -> str:
+    """A path for people: bytes that are no text, and control characters, are escaped."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _walk(folder: Path, skip: Callable[[Path, str], None]) -> Iterator[Path]:
+    """All files below ``folder``, through links as well, but never around in a circle."""
+    seen: set[tuple[int, int]] = set()
+
+    def unreadable(error: OSError) -> None:
+        skip(Path(error.filename), f"it cannot be read ({error.strerror})")
+
+    for parent, names, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        status = os.stat(parent)
+        place = (status.st_dev, status.st_ino)
+        if place in seen:
+            names.clear()
+            continue
+        seen.add(place)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in files:
+            yield Path(parent, name)
+
+
+def _label(folder: Path, class_names: Mapping[str, str] | None) -> str:
+    try:
+        return clean_label(folder.name, class_names)
+    except RecipeError:
+        raise RecipeError(
+            f"the class folder {show(folder)} has no words in its name; rename it, or give its class in a file of class names"
+        ) from None
+
+
+def _known(class_names: Mapping[str, str] | None, folders: Iterable[Path]) -> None:
+    names = {folder.name for folder in folders}
+    unknown = [name for name in class_names or () if name not in names]
+    if class_names and len(unknown) == len(class_names):
+        raise RecipeError(f"none of the {len(unknown)} class names, such as {unknown[0]!r}, is a class folder; check the file")

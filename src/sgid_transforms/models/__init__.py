@@ -1,0 +1,1 @@
+"""Models that captions, generation and report share: checkpoints, captioner, CLIP, attention."""

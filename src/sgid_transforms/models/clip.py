@@ -1,0 +1,253 @@
+"""Similarity of images and texts by CLIP (Radford et al. 2021, arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgid_transforms.errors import GenerationError, ModelLoadError
+from sgid_transforms.models.checkpoints import check_weights, resolve_model
+from sgid_transforms.models.loading import default_dtype
+from sgid_transforms.models.quiet import first_sentence, is_offline, quiet_loading
+
+LABEL_TEMPLATE = "a photo of a {label}"
+
+_TEXT_CACHE = 4096  # label prompts come again and again; captions do not, so the cache is bounded
+
+
+class CLIPScorer:
+    """Scores images against texts, labels and other images with a CLIP model.
+
+    The model is loaded from safetensors, on first use or by `load`. Nothing is downloaded for ``"tiny"``.
+
+    Args:
+        path: ``"tiny"`` (bundled), a local folder, or a hub id such as ``"openai/clip-vit-base-patch32"``.
+        device: where the model runs.
+        dtype: dtype of the model; ``None``: float32 on a CPU, else bfloat16, or float16 where there is none.
+        batch_size: images or texts in one forward pass.
+        revision: branch, tag or commit of a hub id.
+        local_files_only: never ask the hub; ``None``: only when ``HF_HUB_OFFLINE`` is set.
+        label_template: text for a label, with ``{label}`` in it.
+    """
+
+    def __init__(
+        self,
+        path: str = "tiny",
+        device: str | torch.device = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 64,
+        revision: str | None = None,
+        local_files_only: bool | None = None,
+        label_template: str = LABEL_TEMPLATE,
+    ) -> None:
+        if batch_size < 1:
+            raise GenerationError(f"batch_size {batch_size} leaves no room for an image; use at least 1")
+        if "{label}" not in label_template:
+            raise GenerationError(
+                f"label_template {label_template!r} has no {{label}} in it; use for example {LABEL_TEMPLATE!r}"
+            )
+        self.path = path
+        self.revision = revision
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.label_template = label_template
+        self._dtype = dtype
+        self._offline = local_files_only
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._images: _Preprocessing | None = None
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def id(self) -> str:
+        """Name of the model, with its revision where one was given."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+    def load(self) -> CLIPScorer:
+        """Load the model now instead of on first use; returns the scorer.
+
+        Raises:
+            ModelLoadError: it cannot be loaded, or is not a CLIP.
+        """
+        if self._model is None:
+            self._load()
+        return self
+
+    def image_features(self, images: Sequence[Tensor]) -> Tensor:
+        """Unit-length features of images.
+
+        Args:
+            images: uint8 ``(3, H, W)`` each, of any sizes.
+
+        Returns:
+            float32 ``(N, D)`` on the CPU.
+        """
+        self.load()
+        assert self._images is not None
+        for image in images:
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+                raise GenerationError(
+                    f"an image has shape {tuple(image.shape)} and dtype {image.dtype}; pass uint8 tensors of shape (3, H, W)"
+                )
+        features = []
+        for start in range(0, len(images), self.batch_size):
+            pixels = self._images([image.to(self.device) for image in images[start : start + self.batch_size]])
+            with torch.inference_mode():
+                output = self._model.get_image_features(pixel_values=pixels.to(self._model.dtype))
+            features.append(_normalised(output))
+        return torch.cat(features) if features else torch.zeros(0, self._width)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Unit-length features of texts, float32 ``(N, D)`` on the CPU; a text beyond the model's limit is cut."""
+        self.load()
+        missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        found = {text: self._texts[text] for text in texts if text in self._texts}
+        for start in range(0, len(missing), self.batch_size):
+            chunk = missing[start : start + self.batch_size]
+            tokens = self._tokenizer(chunk, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
+            with torch.inference_mode():
+                output = self._model.get_text_features(
+                    input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
+                )
+            found.update(zip(chunk, _normalised(output).unbind(), strict=True))
+        for text in missing:
+            self._texts[text] = found[text]
+        while len(self._texts) > _TEXT_CACHE:
+            self._texts.popitem(last=False)
+        return torch.stack([found[text] for text in texts]) if texts else torch.zeros(0, self._width)
+
+    def image_text(self, images: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        """Cosine of each image with the text at the same position, float32 ``(N,)`` in [-1, 1].
+
+        Raises:
+            GenerationError: there are not as many texts as images.
+        """
+        if len(images) != len(texts):
+            raise GenerationError(f"{len(images)} images but {len(texts)} texts; pass one text for each image")
+        return (self.image_features(images) * self.text_features(texts)).sum(1).clamp(-1, 1)
+
+    def image_image(self, images: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """Cosine of each image with the other one at the same position, float32 ``(N,)`` in [-1, 1].
+
+        Raises:
+            GenerationError: there are not as many of one as of the other.
+        """
+        if len(images) != len(others):
+            raise GenerationError(f"{len(images)} images but {len(others)} others; pass them in pairs")
+        return (self.image_features(images) * self.image_features(others)).sum(1).clamp(-1, 1)
+
+    def label_probabilities(self, images: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
+        """Probability of each label for each image: the softmax of CLIP's logits over the labels.
+
+        Args:
+            images: uint8 ``(3, H, W)`` each.
+            labels: class names, put into `label_template`.
+
+        Returns:
+            float32 ``(N, L)``; rows sum to 1.
+        """
+        return self.probabilities(self.image_features(images), labels)
+
+    def probabilities(self, image_features: Tensor, labels: Sequence[str]) -> Tensor:
+        """As `label_probabilities`, for image features ``(N, D)`` that are at hand already.
+
+        Raises:
+            GenerationError: there are no labels, or one comes twice.
+        """
+        if not labels:
+            raise GenerationError("there are no labels to choose from; pass the class names of the data set")
+        if len(set(labels)) != len(labels):
+            raise GenerationError("a label comes twice; pass each class name once")
+        texts = self.text_features([self.label_template.format(label=label) for label in labels])
+        scale = float(self._model.logit_scale.detach().exp())
+        return (scale * image_features @ texts.T).softmax(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Small pickles: another process loads the model itself.
+        return self.__dict__ | {"_model": None, "_tokenizer": None, "_images": None, "_texts": OrderedDict()}
+
+    @property
+    def _width(self) -> int:
+        return int(self._model.config.projection_dim)
+
+    def _load(self) -> None:
+        os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        source = resolve_model(self.path, "clip")
+        offline = is_offline() if self._offline is None else self._offline
+        if Path(source).is_dir():
+            if not (Path(source) / "config.json").is_file():
+                raise ModelLoadError(
+                    f"{source} has no config.json, so it is no CLIP model; give a folder made by save_pretrained"
+                )
+            check_weights(Path(source), source)
+        common: dict[str, Any] = {"revision": self.revision, "local_files_only": offline}
+        with quiet_loading():
+            try:
+                kind = AutoConfig.from_pretrained(source, **common).model_type
+                if kind != "clip":
+                    raise ModelLoadError(
+                        f"{source} is a {kind} model, not a CLIP; choose one such as openai/clip-vit-base-patch32"
+                    )
+                dtype = self._dtype or default_dtype(self.device)
+                self._model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=dtype, **common)
+                self._tokenizer = AutoTokenizer.from_pretrained(source, **common)
+                self._images = _Preprocessing(AutoImageProcessor.from_pretrained(source, **common))
+            except ModelLoadError:
+                raise
+            except Exception as error:
+                self._model = None
+                raise ModelLoadError(f"the CLIP model {self.path!r} cannot be loaded: {first_sentence(error)}") from error
+        self._model = self._model.to(self.device).eval()
+        positions = int(self._model.config.text_config.max_position_embeddings)
+        self._max_tokens = min(int(self._tokenizer.model_max_length), positions)
+
+
+class _Preprocessing:
+    """What a CLIP image processor does, on the device and without a detour over PIL: resize, centre crop, normalise."""
+
+    def __init__(self, processor: Any) -> None:
+        size, crop = dict(processor.size), dict(processor.crop_size or {})
+        self.shortest = int(size.get("shortest_edge") or min(size["height"], size["width"]))
+        # a crop beyond the shorter side would have to be padded, which no CLIP asks for
+        rows, columns = (min(int(crop.get(side, self.shortest)), self.shortest) for side in ("height", "width"))
+        self.crop = (rows, columns)
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+
+    def __call__(self, images: Sequence[Tensor]) -> Tensor:
+        """Pixels ``(N, 3, h, w)`` of uint8 images ``(3, H, W)``; those of one size are resized together."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
+        pixels: list[Tensor] = [images[0]] * len(images)
+        for indices in by_size.values():
+            for index, ready in zip(indices, self._resized(torch.stack([images[i] for i in indices])), strict=True):
+                pixels[index] = ready
+        batch = torch.stack(pixels)
+        return (batch - self.mean.to(batch.device)) / self.std.to(batch.device)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        # the shorter side exactly, the longer one cut to whole pixels, as transformers does it
+        size = tuple(max(int(self.shortest * side / min(height, width)), self.shortest) for side in (height, width))
+        pixels = images.float() / 255
+        if size != (height, width):
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        rows, columns = self.crop
+        top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+        return pixels[..., top : top + rows, left : left + columns]
+
+
+def _normalised(output: Any) -> Tensor:
+    """Features as unit vectors; newer versions of transformers wrap them into an output object."""
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return F.normalize(features.float(), dim=-1).cpu()

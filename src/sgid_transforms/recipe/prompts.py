@@ -1,0 +1,178 @@
+"""Label and caption into one prompt that fits the text encoder. Both are data: nothing in them is ever interpreted."""
+
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sgid_transforms.errors import RecipeError
+from sgid_transforms.recipe import checks as _checks
+
+PLACEHOLDERS = ("label", "caption")
+
+_SEPARATORS = " \t\n,;:|-–—"
+_CLOSING = ",;:.!?)]}"
+_BRACKETS = {"(": ")", "[": "]", "{": "}", '"': '"', "'": "'", "“": "”"}
+
+
+def clean_label(name: str, class_names: Mapping[str, str] | None = None) -> str:
+    """The class name as words: mapped by ``class_names`` if it is in there, else with underscores as spaces.
+
+    Args:
+        name: class name as the data set has it: ``tabby_cat``, ``Class_07``, ``n02123045``.
+        class_names: words for names that say nothing, such as ``{"n02123045": "tabby cat"}``; its values are used as they
+            are. A name that is not in it is cleaned like any other.
+
+    Raises:
+        RecipeError: if nothing is left of the name.
+    """
+    words = _plain(class_names[name]) if class_names is not None and name in class_names else _plain(name.replace("_", " "))
+    if not words:
+        raise RecipeError(f"class name {name!r} has no words in it; map it with class_names={{{name!r}: ...}}")
+    return words
+
+
+def build_prompt(
+    template: str, label: str, caption: str, *, tokenizer: Any | None = None, max_tokens: int | None = None
+) -> str:
+    """Put label and caption into the template, within the text encoder's number of tokens.
+
+    The caption is cut at a word; the label and the template's own text never are. Without a caption, the punctuation that
+    joined it to the rest goes too: ``a photo of a {label}, {caption}`` becomes ``a photo of a frog``. Control characters
+    and line breaks in label and caption become spaces; braces stay what they are.
+
+    Args:
+        template: text with ``{label}`` and ``{caption}``; ``{{`` and ``}}`` stand for braces.
+        label: class name in words, see :func:`clean_label`.
+        caption: what is in the image; may be empty.
+        tokenizer: the model's own tokenizer, called as ``tokenizer(text)["input_ids"]``, special tokens included.
+        max_tokens: most tokens that the prompt may have; ``None``: the tokenizer's ``model_max_length``.
+
+    Raises:
+        RecipeError: for a bad template, an empty label, or a label that does not fit even without any caption.
+    """
+    parts = parse_template(template)
+    special = [token for token in getattr(tokenizer, "all_special_tokens", ()) if len(token) > 1]  # SDXL's "!" is a mere mark
+    label, words = _plain(label, special), _plain(caption, special).split(" ")
+    if not label and any(placeholder == "label" for _, placeholder in parts):
+        raise RecipeError("the label is empty; give the class name in words")
+    whole = _render(parts, label, words)
+    if tokenizer is None:
+        if max_tokens is not None:
+            raise RecipeError(
+                f"max_tokens {max_tokens} was given without a tokenizer; pass the model's tokenizer to count with"
+            )
+        return whole
+    limit = int(tokenizer.model_max_length) if max_tokens is None else max_tokens
+    if _count(tokenizer, whole) <= limit:
+        return whole
+
+    # More words, more tokens: the most words that fit are found by halving. `fits` is known to fit, `over` not to.
+    bare = _render(parts, label, [])
+    needed = _count(tokenizer, bare)
+    if needed > limit:
+        raise RecipeError(
+            f"the prompt for label {_short(label)} has {needed} tokens without any caption, and the text encoder "
+            f"takes {limit}; give a shorter name with class_names, or shorten the prompt template"
+        )
+    fits, over, best = 0, len(words), bare
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        prompt = _render(parts, label, words[:middle])
+        if _count(tokenizer, prompt) <= limit:
+            fits, best = middle, prompt
+        else:
+            over = middle
+    return best
+
+
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """The template as (literal text, placeholder after it) pairs; only the last may have no placeholder.
+
+    Raises:
+        RecipeError: for unbalanced braces, or a placeholder that is not exactly ``{label}`` or ``{caption}``: attributes,
+            indices, conversions and format specifications would reach into objects, so there are none.
+    """
+    _checks.text("prompt", template)
+    if not template.strip():
+        raise RecipeError('the prompt template is empty; write one such as "a photo of a {label}, {caption}"')
+    parts: list[tuple[str, str | None]] = []
+    try:
+        for literal, name, spec, conversion in string.Formatter().parse(template):
+            if name is not None and (name not in PLACEHOLDERS or spec or conversion):
+                shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+                hint = _checks.did_you_mean(name, PLACEHOLDERS)
+                raise RecipeError(
+                    f"the prompt template has {shown}{hint}; "
+                    "only {label} and {caption} are replaced, and {{ }} are braces"
+                )
+            parts.append((literal, name))
+    except RecipeError:
+        raise
+    except ValueError as error:  # unbalanced braces
+        raise RecipeError(
+            f"the prompt template {_short(template)} has unbalanced braces ({error}); write {{{{ and }}}} for braces"
+        ) from None
+    return parts
+
+
+def _render(parts: Sequence[tuple[str, str | None]], label: str, words: Sequence[str]) -> str:
+    """The prompt with these caption words; a caption of none goes together with what joined it to the text."""
+    caption = " ".join(words).rstrip(_SEPARATORS) if words else ""
+    values = {"label": label, "caption": caption}
+    if not caption:
+        return _without_caption(parts, label)
+    return "".join(literal + (values[name] if name else "") for literal, name in parts)
+
+
+def _without_caption(parts: Sequence[tuple[str, str | None]], label: str) -> str:
+    """The prompt where each caption, its separator, and brackets with nothing else in them are left out.
+
+    Only the template's own text is trimmed: a label may end in a bracket or a comma and keeps it.
+    """
+    groups = [[""]]  # the template's texts: a label stands between two groups, a caption between two texts of one group
+    for literal, name in parts:
+        groups[-1][-1] += literal
+        if name == "label":
+            groups.append([""])
+        elif name == "caption":
+            groups[-1].append("")
+    last = len(groups) - 1
+    return label.join(_close_gaps(texts, first=index == 0, last=index == last) for index, texts in enumerate(groups))
+
+
+def _close_gaps(texts: Sequence[str], *, first: bool, last: bool) -> str:
+    """The texts joined where a caption was between them; ``first``/``last``: the prompt starts/ends with them."""
+    left = texts[0]
+    for index, right in enumerate(texts[1:], start=2):
+        left, right = left.rstrip(), right.lstrip()
+        while left and right and _BRACKETS.get(left[-1]) == right[0]:
+            left, right = left[:-1].rstrip(), right[1:].lstrip()
+        if first and not left:
+            left = right.lstrip(_SEPARATORS)
+        elif last and index == len(texts) and not right:
+            left = left.rstrip(_SEPARATORS)
+        elif right and right[0] in _CLOSING:
+            left = left.rstrip(_SEPARATORS) + right
+        else:
+            left = f"{left} {right}"
+    return left
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    # Real tokenizers log a warning about every text over their limit, and texts over the limit are what this module is about.
+    options = {"verbose": False} if hasattr(tokenizer, "deprecation_warnings") else {}
+    return len(tokenizer(text, **options)["input_ids"])
+
+
+def _plain(text: str, special: Sequence[str] = ()) -> str:
+    """One line of text: control characters, line breaks, lone surrogates and ``special`` become spaces, runs of space one."""
+    if not text.isprintable():
+        text = "".join(" " if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") else char for char in text)
+    for token in special:  # "<|endoftext|>" in a caption would be read as the end of the prompt
+        text = text.replace(token, " ")
+    return " ".join(text.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

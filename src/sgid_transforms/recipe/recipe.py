@@ -1,0 +1,325 @@
+"""What to generate: every setting that decides a variant's pixels, in one immutable object with a fingerprint."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final, Literal, Self
+
+from sgid_transforms.errors import RecipeError
+from sgid_transforms.recipe import checks as _checks
+from sgid_transforms.recipe import toml as _recipe_toml
+from sgid_transforms.recipe.guidance import SimilarityGuidance
+from sgid_transforms.recipe.presets import PRESETS, STRENGTH_RANGES, TINY, TINY_EDITION, preset_for_model
+from sgid_transforms.recipe.prompts import parse_template
+
+LabelCheck = Literal["none", "argmax", "threshold"]
+
+LABEL_CHECKS: Final = ("none", "argmax", "threshold")
+SAMPLERS: Final = ("auto", "ddim", "euler", "dpmsolver++", "lcm")
+IMAGE_FORMATS: Final = (
+    "auto",
+    "png",
+    "webp-lossless",
+    "webp",
+    "jpeg",
+)  # "auto": png up to 256 x 256 pixels, jpeg above (docs/stores.md)
+
+MIN_STRENGTH: Final = 0.001  # 1000 steps, the most that a recipe takes, run one step of it; 0 would be the original itself
+
+# Raise it when other code makes other pixels out of the same recipe: it is hashed, and it is the fingerprint's first byte.
+FINGERPRINT_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a generated image must pass before it counts as a variant. NaN, constant and black images never pass.
+
+    Args:
+        label_check: ``"none"``; ``"argmax"``: CLIP, asked for one of the class names, must answer the label (as DISEF does);
+            ``"threshold"``: CLIP's softmax probability of the label must reach ``label_threshold``.
+        label_threshold: probability in [0, 1], over the class names of the data set.
+        min_image_similarity: lowest CLIP cosine of (variant, original), in [-1, 1]; below it the variant has drifted too far
+            from its original. ``None``: no limit.
+        max_image_similarity: highest such cosine; above it nothing was gained over the original. ``None``: no limit.
+        reject_nsfw: reject what the pipeline's safety checker flags (a pipeline without one flags nothing).
+        max_retries: further attempts after a rejection, each with another seed, 0 to 100.
+
+    Raises:
+        RecipeError: for a value of the wrong type or outside its range, in one sentence.
+    """
+
+    label_check: LabelCheck = "none"
+    label_threshold: float = 0.5
+    min_image_similarity: float | None = None
+    max_image_similarity: float | None = None
+    reject_nsfw: bool = True
+    max_retries: int = 2
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__  # the way to normalise the fields of a frozen dataclass
+        _checks.choice("filters.label_check", self.label_check, LABEL_CHECKS)
+        put(self, "label_threshold", _checks.number("filters.label_threshold", self.label_threshold, minimum=0.0, maximum=1.0))
+        for name in ("min_image_similarity", "max_image_similarity"):
+            value = getattr(self, name)
+            if value is not None:
+                put(self, name, _checks.number(f"filters.{name}", value, minimum=-1.0, maximum=1.0))
+        if not isinstance(self.reject_nsfw, bool):
+            raise RecipeError(f"filters.reject_nsfw is {self.reject_nsfw!r}; it must be true or false")
+        put(self, "max_retries", _checks.integer("filters.max_retries", self.max_retries, minimum=0, maximum=100))
+        low, high = self.min_image_similarity, self.max_image_similarity
+        if low is not None and high is not None and low >= high:
+            raise RecipeError(
+                f"filters.min_image_similarity {low} is not below max_image_similarity {high}: nothing could pass; swap them"
+            )
+
+
+_BY_MODEL: Any = None  # a default that __post_init__ replaces by what the model's preset has: no field is ever None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to generate. Two recipes with one :attr:`fingerprint` make the same variants.
+
+    Strength, guidance, its interval, steps and sampler, where left out, are those that suit the model, as in :meth:`for_model`
+    (which also sets a resolution where the model's card names one).
+
+    Args:
+        model: ``"tiny"`` (bundled), a diffusers checkpoint id, or a local folder.
+        revision: branch, tag or commit of the checkpoint; ``None``: its default branch. The content of a local folder is not
+            looked at: give any text here, and change it when the folder changes.
+        prompt: template in which ``{label}`` and ``{caption}`` are replaced; ``{{`` and ``}}`` stand for braces.
+        negative_prompt: text that guidance steers away from; without effect where the guidance scale is at most 1.
+        strength: share of the noise schedule that is redone, in [0.001, 1]: near 0 returns the original, 1 ignores it. A range
+            ``(low, high)`` is drawn from uniformly, per variant.
+        guidance: classifier-free guidance scale, at least 0, or a :class:`SimilarityGuidance`. At most 1 is no guidance.
+        num_inference_steps: steps of the whole schedule, 1 to 1000; ``int(num_inference_steps * strength)`` of them are run,
+            at least one (a latent consistency model runs them all, over a shorter range of noise; see also
+            ``exact_strength``).
+        resolution: the model's working size in pixels: the side of a square whose area is kept for other aspect ratios, or
+            ``(height, width)``; ``None``: the model's own. Variants come back in the size of their original.
+        sampler: ``"ddim"``, ``"euler"``, ``"dpmsolver++"`` (2M), ``"lcm"``, or ``"auto"``: what the checkpoint's scheduler is.
+        guidance_interval: ``(low, high)`` shares of the noise schedule, 0 clean to 1 pure noise, between which guidance acts;
+            outside it the prompt is followed without guidance (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        exact_strength: start at the very noise level that a strength names, with ``round(num_inference_steps * strength)``
+            steps (at least one) spread evenly below it, instead of at the nearest lower one of a fixed list: with 4 steps,
+            that list takes all strengths from 0.5 to 0.74 for one. Native path only, and not for ``"lcm"``. ``None``: as
+            the model's preset has it, where the sampler allows it.
+        seed: the user's seed, in [0, 2**63).
+        filters: see :class:`Filters`.
+        image_format: how variants are stored: ``"png"``, ``"webp-lossless"``, ``"webp"``, ``"jpeg"``, or ``"auto"``: by size.
+
+    Raises:
+        RecipeError: for a value of the wrong type or outside its range, in one sentence.
+    """
+
+    model: str = TINY["model"]
+    revision: str | None = None
+    prompt: str = "a photo of a {label}, {caption}"
+    negative_prompt: str = ""
+    strength: float | tuple[float, float] = _BY_MODEL
+    guidance: float | SimilarityGuidance = _BY_MODEL
+    num_inference_steps: int = _BY_MODEL
+    resolution: int | tuple[int, int] | None = None
+    sampler: str = _BY_MODEL
+    guidance_interval: tuple[float, float] = _BY_MODEL
+    exact_strength: bool | None = None
+    seed: int = 0
+    filters: Filters = field(default_factory=Filters)
+    image_format: str = "auto"
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__  # normalised here, so that equal settings are equal recipes: 5 and 5.0, a list and a tuple
+        put(self, "model", _model(self.model))
+        suitable: dict[str, Any] = dict(preset_for_model(self.model))
+        for name in ("strength", "guidance", "num_inference_steps", "sampler", "guidance_interval"):
+            if getattr(self, name) is None:
+                put(self, name, suitable[name])
+        if self.revision is not None:
+            _non_empty("revision", self.revision)
+        parse_template(self.prompt)
+        _checks.text("negative_prompt", self.negative_prompt)
+        put(self, "strength", _strength(self.strength))
+        if not isinstance(self.guidance, SimilarityGuidance):
+            put(self, "guidance", _checks.number("guidance", self.guidance, minimum=0.0))
+        steps = _checks.integer("num_inference_steps", self.num_inference_steps, minimum=1, maximum=1000)
+        put(self, "num_inference_steps", steps)
+        put(self, "exact_strength", _exact_strength(self.exact_strength, suitable["exact_strength"], self.sampler))
+        # A latent consistency model runs all its steps at any strength (the engine checks it), an exact one at least one.
+        if self.sampler != "lcm" and not self.exact_strength:
+            _check_steps(self.strength[0] if isinstance(self.strength, tuple) else self.strength, steps)
+        put(self, "resolution", _resolution(self.resolution))
+        _checks.choice("sampler", self.sampler, SAMPLERS)
+        put(self, "guidance_interval", _interval("guidance_interval", self.guidance_interval))
+        put(self, "seed", _checks.integer("seed", self.seed, minimum=0, maximum=2**63 - 1))
+        if not isinstance(self.filters, Filters):
+            raise RecipeError(f"filters is {self.filters!r}; it must be a Filters object")
+        _checks.choice("image_format", self.image_format, IMAGE_FORMATS)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """24 lowercase hex digits that change with every setting that can change a stored pixel, and with nothing else.
+
+        The first two are the version of the scheme, the others the start of a SHA-256 over the fields as canonical JSON
+        (sorted keys, floats as their shortest decimal form), so that it is the same on every platform and Python version.
+        """
+        fields = dataclasses.asdict(self)
+        if not self.exact_strength:
+            del fields["exact_strength"]  # it came later than the others: off, it leaves older fingerprints as they were
+        content: dict[str, Any] = {"version": FINGERPRINT_VERSION, "recipe": fields}
+        if self.model == TINY["model"]:
+            content["edition"] = TINY_EDITION
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return f"{FINGERPRINT_VERSION:02x}{hashlib.sha256(canonical.encode('ascii')).hexdigest()[:22]}"
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """A recipe by name, with some fields overridden.
+
+        ``"tiny"``, ``"sd15"``, ``"lcm"``, ``"sd-turbo"`` and ``"sdxl-turbo"`` are models with the settings that suit them.
+        ``"fine_grained"`` and ``"coarse"`` are ranges of strength for a kind of images: they apply to
+        ``model=`` (a preset's name, a checkpoint id or a folder; ``tiny`` if left out), and raise its number of steps
+        where the lowest strength would run none.
+
+        Raises:
+            RecipeError: for an unknown name or field, with the nearest valid spelling, or an invalid value.
+        """
+        _checks.choice("preset", name, (*PRESETS, *STRENGTH_RANGES))
+        if name in PRESETS:
+            return cls._from_settings(dict(PRESETS[name]) | overrides)
+        base = preset_for_model(_model(overrides.pop("model", TINY["model"])))
+        strength = STRENGTH_RANGES[name]
+        steps = base["num_inference_steps"]
+        if base["sampler"] != "lcm" and not base["exact_strength"]:
+            steps = max(steps, _minimum_steps(strength[0]))
+        return cls._from_settings(dict(base) | {"strength": strength, "num_inference_steps": steps} | overrides)
+
+    @classmethod
+    def for_model(cls, model: str, **overrides: Any) -> Self:
+        """A recipe with settings that suit ``model``: a preset's name, a checkpoint id or a folder.
+
+        A distilled model is known by its name (``sd-turbo``, ``sdxl-turbo``, ``lcm``); any other one gets the steps and the
+        guidance of ``sd15``.
+        """
+        return cls._from_settings(dict(preset_for_model(_model(model))) | overrides)
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a recipe from a TOML file, as :meth:`to_toml` writes it; fields that are left out keep their defaults.
+
+        A line ``preset = "sd-turbo"`` takes that preset's settings instead of the defaults.
+
+        Raises:
+            RecipeError: if the file cannot be read, is no TOML, or has an unknown field or an invalid value.
+        """
+        settings = _recipe_toml.read(path)
+        try:
+            if isinstance(settings.get("guidance"), dict):
+                table = settings["guidance"]
+                _checks.known_names("[guidance]", table, _names(SimilarityGuidance))
+                for bound in ("low", "high"):
+                    if bound not in table:
+                        raise RecipeError(f"[guidance] has no {bound}; give both low and high, or one number: guidance = 4.0")
+                settings["guidance"] = SimilarityGuidance(**table)
+            if isinstance(settings.get("filters"), dict):
+                _checks.known_names("[filters]", settings["filters"], _names(Filters))
+                settings["filters"] = Filters(**settings["filters"])
+            preset = settings.pop("preset", None)
+            return cls._from_settings(settings) if preset is None else cls.preset(preset, **settings)
+        except RecipeError as error:
+            raise RecipeError(f"{os.fspath(path)}: {error}") from None
+
+    def to_toml(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe to a TOML file, all or nothing; :meth:`from_toml` reads an equal recipe from it.
+
+        Raises:
+            RecipeError: if the file cannot be written; an existing file is then left as it was.
+        """
+        _recipe_toml.write(path, dataclasses.asdict(self))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; it is checked like a new recipe."""
+        _checks.known_names("a recipe", changes, _names(type(self)))
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def _from_settings(cls, settings: dict[str, Any]) -> Self:
+        _checks.known_names("a recipe", settings, _names(cls))
+        if isinstance(settings.get("filters"), dict):  # as presets have them
+            settings["filters"] = Filters(**settings["filters"])
+        return cls(**settings)
+
+
+def _minimum_steps(strength: float) -> int:
+    """The smallest ``num_inference_steps`` with which ``strength`` runs a step: ``ceil(1 / strength)``, but for rounding."""
+    steps = max(1, math.floor(1 / strength))
+    while int(steps * strength) < 1:
+        steps += 1
+    return steps
+
+
+def _check_steps(strength: float, num_inference_steps: int) -> None:
+    """Refuse a strength that would run no step at all, which would return the original; diffusers counts in the same way."""
+    if int(num_inference_steps * strength) < 1:
+        raise RecipeError(
+            f"strength {strength:g} with {num_inference_steps} steps runs int({num_inference_steps * strength:g}) = 0 steps; "
+            f"raise num_inference_steps to at least {_minimum_steps(strength)}"
+        )
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(entry.name for entry in dataclasses.fields(cls))
+
+
+def _non_empty(name: str, value: object) -> str:
+    if not _checks.text(name, value).strip():
+        raise RecipeError(f"{name} is empty; leave it out, or give a value")
+    return str(value)
+
+
+def _model(value: object) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return _non_empty("model", value)
+
+
+def _strength(value: object) -> float | tuple[float, float]:
+    if not isinstance(value, (tuple, list)):
+        return _checks.number("strength", value, minimum=MIN_STRENGTH, maximum=1.0)
+    low, high = (_checks.number("strength", end, minimum=MIN_STRENGTH, maximum=1.0) for end in _checks.pair("strength", value))
+    if low > high:
+        raise RecipeError(f"strength ({low}, {high}) has its ends swapped; write ({high}, {low})")
+    return low, high
+
+
+def _interval(name: str, value: object) -> tuple[float, float]:
+    low, high = (_checks.number(name, end, minimum=0.0, maximum=1.0) for end in _checks.pair(name, value))
+    if low >= high:
+        raise RecipeError(f"{name} ({low}, {high}) is empty; its low end must be below its high end")
+    return low, high
+
+
+def _exact_strength(value: object, suitable: bool, sampler: object) -> bool:
+    if value is None:
+        return suitable and sampler != "lcm"
+    if not isinstance(value, bool):
+        raise RecipeError(f"exact_strength is {value!r}; it must be true or false")
+    if value and sampler == "lcm":
+        raise RecipeError(
+            "exact_strength has no meaning for sampler 'lcm', which runs all its steps at any strength; set it to false"
+        )
+    return value
+
+
+def _resolution(value: object) -> int | tuple[int, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)):
+        height, width = (
+            _checks.integer("resolution", side, minimum=8, maximum=8192) for side in _checks.pair("resolution", value)
+        )
+        return height, width
+    return _checks.integer("resolution", value, minimum=8, maximum=8192)

@@ -1,0 +1,600 @@
+"""``SGIDAugment``: the transform that replaces images by generated variants of themselves."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from sgid_transforms.building.builder import VariantJob, VariantOutcome
+from sgid_transforms.building.factory import GeneratorFactory, MakerSpec
+from sgid_transforms.captions.prepare import PrepareReport, prepare
+from sgid_transforms.captions.store import CaptionStore
+from sgid_transforms.errors import GenerationError, MissingCaptionError, ServiceError
+from sgid_transforms.images.forms import check_form, is_image, pil_like, tensor_like, to_pil
+from sgid_transforms.images.keys import image_key, to_uint8_chw
+from sgid_transforms.images.labels import find_labels, label_name
+from sgid_transforms.models.captioner import BLIP
+from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.service.process import GenerationService, job_rendezvous
+from sgid_transforms.transforms.gate import P, balanced_p, check_p, class_p, unknown_classes
+from sgid_transforms.transforms.state import SharedState
+from sgid_transforms.transforms.stats import STAT_NAMES, Stats
+from sgid_transforms.transforms.supply import VariantSupply
+from sgid_transforms.variants.store import VariantStore
+
+OnMiss = Literal["generate", "queue", "original"]
+Missing = Literal["error", "original", "caption"]
+OnError = Literal["raise", "original"]
+
+CLIP = "openai/clip-vit-base-patch32"
+
+_log = logging.getLogger("sgid_transforms")
+_REFUSED = (
+    tv_tensors.BoundingBoxes,
+    tv_tensors.Mask,
+    tv_tensors.Video,
+    *filter(None, [getattr(tv_tensors, "KeyPoints", None)]),
+)
+_KEY = re.compile(r"[0-9a-f]{8,64}")
+
+
+class _Live(NamedTuple):
+    """The live settings, as this process saw them last."""
+
+    source: Mapping[str, Any]  # the very object they were read from
+    p: float | None  # None: see class_p
+    class_p: Mapping[str, float] | None
+    training: bool
+    address: str | None
+
+
+class _Miss(NamedTuple):
+    position: int
+    key: str
+    variant: int
+
+
+class SGIDAugment(v2.Transform):  # type: ignore[misc]
+    """Replace images at random by label- and caption-guided variants of themselves.
+
+    "Semantic-Guided Generative Image Augmentation Method with Diffusion Models for Image Classification" (Li et al.,
+    AAAI 2024, https://arxiv.org/abs/2302.02070). Variants are generated once, kept on disk and found by the pixels of their
+    original, so this transform stands first in a ``Compose``, where it sees the original.
+
+    It takes what torchvision's v2 transforms take: an image, an image with its label, nested samples, a batch. The output has
+    the type, size, dtype, device and structure of the input, and what is not replaced comes back as the same object. It
+    holds no weights: the model lives in a service process (:meth:`serve`), or in this one where nothing else is running.
+
+    Args:
+        model (str): ``"tiny"`` (bundled, ten classes at 32 x 32), a diffusers checkpoint id, or a local folder.
+        recipe (Recipe, optional): Everything that decides a variant's pixels, in place of ``model``.
+        captions (path or CaptionStore): Captions by image, filled by :meth:`prepare`.
+        variants (path or VariantStore): Variants by image; may be shared by any number of processes and machines.
+        p (float, mapping or "balanced"): Probability that an image is replaced: in [0, 1]; or by class name, ``"*"`` standing
+            for all classes that are not named (0 without it); or so that rare classes are replaced more often, such that
+            under class-balanced sampling every original is shown equally often. Can be assigned at any time: workers that
+            are running follow.
+        variants_per_image (int): How many variants an image has; one is chosen uniformly.
+        on_miss (str): What to do about a variant that does not exist yet: ``"generate"`` and wait for it, ``"queue"`` it and
+            use the original this time (never waits; needs :meth:`serve`), or use the ``"original"``.
+        missing (str): What to do about an image without caption or label that needs one: raise an ``"error"``, use the
+            ``"original"``, or ``"caption"`` it now.
+        on_error (str): What to do when the service or the model fails: ``"raise"``, or use the ``"original"`` and count it.
+        class_names (mapping or sequence of str, optional): Words for coded class names (``{"n02123045": "tabby cat"}``), or
+            the name of each class number.
+        key (callable, optional): ``image -> str``, for data sets with ids of their own; the default hashes the pixels.
+        device (str, optional): Where a model in this process runs; CUDA if there is, else the CPU.
+        captioner, scorer (str or object): Models that :meth:`prepare` and ``missing="caption"`` use; ``"auto"``: the bundled
+            ones for ``"tiny"``, else BLIP and CLIP. Also an object with ``caption(images)`` or ``image_text(images, texts)``.
+        generator (callable, optional): ``(recipe, device, **options) -> generate``, where ``generate(requests)`` returns
+            results, in place of the package's generator.
+
+    .. note::
+        Floats must be in [0, 1]: after ``Normalize`` the pixels no longer say which image it is. Boxes, masks, key points
+        and videos are refused: they would no longer fit.
+
+    Example::
+
+        sgid = SGIDAugment(model="tiny", captions="captions.sqlite", variants="variants", p=0.5)
+        sgid.prepare(ImageFolder("train"))
+        transform = v2.Compose([sgid, v2.RandAugment(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    """
+
+    _transformed_types: ClassVar[tuple[Any, ...]] = (is_image,)
+    _transient = ("_supply", "_live", "_logged")
+
+    def __init__(
+        self,
+        model: str = "tiny",
+        *,
+        recipe: Recipe | None = None,
+        captions: str | os.PathLike[str] | CaptionStore = "captions.sqlite",
+        variants: str | os.PathLike[str] | VariantStore = "variants",
+        p: P = 0.5,
+        variants_per_image: int = 4,
+        on_miss: OnMiss = "generate",
+        missing: Missing = "error",
+        on_error: OnError = "raise",
+        class_names: Mapping[str, str] | Sequence[str] | None = None,
+        key: Callable[[Any], str] | None = None,
+        device: str | None = None,
+        captioner: Any = "auto",
+        scorer: Any = "auto",
+        generator: GeneratorFactory | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(variants_per_image, bool) or not isinstance(variants_per_image, int) or variants_per_image < 1:
+            raise ValueError(f"variants_per_image is {variants_per_image!r}; it must be an integer of at least 1")
+        _check_choice("on_miss", on_miss, ("generate", "queue", "original"))
+        _check_choice("missing", missing, ("error", "original", "caption"))
+        _check_choice("on_error", on_error, ("raise", "original"))
+        self.recipe = recipe if recipe is not None else Recipe.for_model(model)
+        self.captions = captions if isinstance(captions, CaptionStore) else CaptionStore(captions)
+        self.variants = variants if isinstance(variants, VariantStore) else VariantStore(variants)
+        self.variants_per_image = variants_per_image
+        self.on_miss, self.missing, self.on_error = on_miss, missing, on_error
+        self.class_names = class_names
+        self.device = device
+        bundled = self.recipe.model == "tiny"
+        self.captioner = ("tiny" if bundled else BLIP) if captioner == "auto" else captioner
+        self.scorer = ("tiny" if bundled else CLIP) if scorer == "auto" else scorer
+        self._key = key
+        self._generator = generator
+        self._state = SharedState(STAT_NAMES, {"p": check_p(p), "training": True})
+        self._reported = Stats()
+        self._reset()
+
+    # --- settings
+
+    @property
+    def p(self) -> P:
+        """Probability that an image is replaced, now, in all processes that got this transform."""
+        current: P = self._state.settings()["p"]
+        return current
+
+    @p.setter
+    def p(self, p: P) -> None:
+        self._state.publish(p=check_p(p), balanced=None)
+
+    @property
+    def training(self) -> bool:
+        """False after ``eval()``: the transform is the identity, in all processes that got it."""
+        state = self.__dict__.get("_state")
+        return True if state is None else bool(state.settings()["training"])
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_state" in self.__dict__:  # not yet there when nn.Module sets up itself
+            self._state.publish(training=bool(mode))
+
+    def extra_repr(self) -> str:
+        names = ("p", "variants_per_image", "on_miss", "missing")
+        settings = [f"model={self.recipe.model!r}", *(f"{name}={getattr(self, name)!r}" for name in names)]
+        return ", ".join([*settings, f"captions={str(self.captions.path)!r}", f"variants={str(self.variants.root)!r}"])
+
+    # --- the transform
+
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        for value in flat_inputs:
+            if isinstance(value, _REFUSED):
+                raise ValueError(
+                    f"{type(self).__name__}() does not support {type(value).__name__}: it would not fit the generated image"
+                )
+            if is_image(value):
+                check_form(value)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Replace images of a sample at random.
+
+        Shape:
+            PIL images, or uint8 tensors in [0, 255] or float tensors in [0, 1] of shape ``(C, H, W)`` or ``(B, C, H, W)``,
+            C being 1 or 3; alone, with a label, or nested in dicts, tuples and lists. The output is alike.
+
+        Raises:
+            MissingCaptionError: An image is not in the caption store (``missing="error"``).
+            ServiceError: There is no service where one is needed, or it died (``on_error="raise"``).
+            GenerationError: The generator raised (``on_error="raise"``).
+        """
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        if not self._now().training:
+            return sample
+        if isinstance(sample, Image.Image):  # by far the most frequent, and nothing in it to be searched for
+            check_form(sample)
+            return self.augment([sample])[0]
+        flat, spec = tree_flatten(sample)
+        self.check_inputs(flat)
+        where = [index for index, needed in enumerate(self._needs_transform_list(flat)) if needed]
+        images: list[Any] = []
+        spans = []
+        for index in where:
+            batched = isinstance(flat[index], torch.Tensor) and flat[index].ndim == 4
+            members = list(flat[index].as_subclass(torch.Tensor).unbind()) if batched else [flat[index]]
+            spans.append((index, batched, len(images), len(images) + len(members)))
+            images += members
+        outputs = self.augment(images, self._labels_of(sample, spans, len(images)))
+        if all(output is image for output, image in zip(outputs, images, strict=True)):
+            return sample
+        for index, batched, start, stop in spans:
+            flat[index] = _scatter(flat[index], images[start:stop], outputs[start:stop]) if batched else outputs[start]
+        return tree_unflatten(flat, spec)
+
+    def augment(self, images: Sequence[Any], labels: Sequence[Any] | None = None) -> list[Any]:
+        """Gate every image on its own, and ask for all missing variants at once.
+
+        Args:
+            images: PIL images, and tensors ``(C, H, W)``.
+            labels: Class number or name of each, or None.
+
+        Returns:
+            The images in order; those that were not replaced are the same objects.
+        """
+        live = self._now()
+        if labels is None:
+            labels = [None] * len(images)
+        count = self._state.add
+        count("seen", len(images))
+        outputs = list(images)
+        if not live.training or live.p == 0.0 or not images:
+            return outputs
+        keys: dict[int, str] = {}
+        limits = self._limits(live, images, labels, keys)
+        # Both numbers are drawn for every image, whatever becomes of it: what follows in the pipeline then sees the same
+        # random numbers whether the stores are full or empty.
+        draws = torch.rand(len(images), 2, dtype=torch.float64).tolist()
+        chosen = [position for position, (draw, _) in enumerate(draws) if draw < limits[position]]
+        if not chosen:
+            return outputs
+        count("gated", len(chosen))
+        self._add_keys(keys, images, chosen)
+        misses = []
+        for position in chosen:
+            key, variant = keys[position], int(draws[position][1] * self.variants_per_image)
+            found = self._look_up(images[position], key, variant)
+            if found is None:
+                misses.append(_Miss(position, key, variant))
+            else:
+                outputs[position] = found
+        if len(misses) < len(chosen):
+            count("hits", len(chosen) - len(misses))
+        if misses:
+            count("misses", len(misses))
+            if self.on_miss != "original":
+                self._make(misses, images, labels, outputs)
+        return outputs
+
+    # --- around the transform
+
+    def prepare(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int = 32,
+        device: str | None = None,
+        progress: bool = True,
+    ) -> PrepareReport:
+        """Write captions and similarities of all images of a data set into the caption store; see :func:`prepare`."""
+        report = prepare(
+            dataset,
+            self.captions,
+            template=self.recipe.prompt,
+            captioner=self.captioner,
+            scorer=self.scorer,
+            class_names=self.class_names,
+            key=self.key_of,
+            stop=SGIDAugment,
+            batch_size=batch_size,
+            device=device or self._device(),
+            progress=progress,
+        )
+        p = self.p
+        if p == "balanced":
+            self._state.publish(balanced=self._balanced())
+        elif isinstance(p, Mapping):  # not an error: the other classes may be in a data set that comes next
+            for sentence in unknown_classes(p, {record.label for record in self.captions if record.label}):
+                _log.warning("%s", sentence)
+        return report
+
+    def serve(
+        self,
+        device: str | None = None,
+        *,
+        max_batch: int = 16,
+        max_wait: float = 0.05,
+        max_queue: int = 256,
+        rendezvous: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> GenerationService:
+        """Start one process that owns the model and serves all workers of this transform; use it in a ``with`` statement.
+
+        Ranks of one distributed job on this machine share the process of the first one that calls this.
+
+        Args:
+            device (str, optional): Where the model runs.
+            max_batch (int): Most variants that are handed to the generator at once.
+            max_wait (float): Seconds that the first variant of a batch waits for others.
+            max_queue (int): Most variants that ``on_miss="queue"`` lets wait; further ones are dropped and counted.
+            rendezvous (path, optional): A file by which processes agree to share one service, where they are not ranks of
+                one job.
+            **options: For the generator: ``dtype``, ``batch_size``, ``compile``...
+
+        Raises:
+            ModelLoadError: The model cannot be loaded.
+            ServiceError: The process cannot be started, or this is a ``DataLoader`` worker.
+        """
+        if torch.utils.data.get_worker_info() is not None:
+            raise ServiceError("sgid.serve() was called in a DataLoader worker; call it once, where the loader is made")
+        if rendezvous is None:
+            rendezvous = job_rendezvous(str(self.variants.root.resolve()), self.recipe.fingerprint)
+        service = _PublishedService(
+            self._spec(device or self._device(), options).build_handler,
+            max_batch=max_batch,
+            max_wait=max_wait,
+            max_queue=max_queue,
+            rendezvous=rendezvous,
+        )
+        service.state = self._state
+        return service.start()
+
+    def stats(self) -> Stats:
+        """Counts over all processes that got this transform, since it was made."""
+        return Stats(**self._state.totals())
+
+    def epoch_summary(self) -> str:
+        """One line about what was done since the last call of this method."""
+        now = self.stats()
+        change, self._reported = now - self._reported, now
+        return change.summary()
+
+    def key_of(self, image: Any) -> str:
+        """The key under which an image is known: a hash of its pixels, or what the user's own function says."""
+        if self._key is None:
+            return image_key(image)
+        key = self._key(image)
+        if not isinstance(key, str) or not key:
+            raise TypeError(f"key= returned {key!r}; it must return a string that names the image")
+        return key if _KEY.fullmatch(key) else hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    # --- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self._transient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    # --- inside
+
+    def _reset(self) -> None:
+        """What belongs to one process only."""
+        self._supply: VariantSupply | None = None
+        self._live: _Live | None = None
+        self._logged: set[str] = set()
+
+    def _now(self) -> _Live:
+        settings = self._state.settings()
+        live = self._live
+        if live is None or live.source is not settings:
+            p, table = settings["p"], None
+            if isinstance(p, dict):
+                p, table = None, p
+            elif p == "balanced":
+                p, table = None, settings.get("balanced")
+            live = self._live = _Live(settings, p, table, settings["training"], settings.get("address"))
+        return live
+
+    def _limits(self, live: _Live, images: Sequence[Any], labels: Sequence[Any], keys: dict[int, str]) -> list[float]:
+        """The probability of each image; per class, the label is the given one, else the one in the caption store."""
+        if live.p is not None:
+            return [live.p] * len(images)
+        table = live.class_p
+        if table is None:
+            table = self._balanced()
+            self._live = live._replace(class_p=table)
+        names = [label_name(label, self.class_names) for label in labels]
+        unknown = [position for position, name in enumerate(names) if name is None]
+        if unknown:
+            self._add_keys(keys, images, unknown)
+            records = self.captions.get_many([keys[position] for position in unknown])
+            for position in unknown:
+                record = records.get(keys[position])
+                names[position] = record.label if record is not None else None
+        return [class_p(table, name) for name in names]
+
+    def _balanced(self) -> dict[str, float]:
+        counts: dict[str, int] = {}
+        for record in self.captions:
+            if record.label is not None:
+                counts[record.label] = counts.get(record.label, 0) + 1
+        if not counts:
+            raise MissingCaptionError("p='balanced' needs to know the classes; call sgid.prepare(dataset) first")
+        return balanced_p(counts)
+
+    def _add_keys(self, keys: dict[int, str], images: Sequence[Any], positions: Sequence[int]) -> None:
+        todo = [position for position in positions if position not in keys]
+        members = [images[position] for position in todo]
+        if self._key is None and len(members) > 1 and _is_device_batch(members):
+            # One transfer instead of one each. Only hashing needs the bytes here; the pixels to generate from stay there.
+            members = list(torch.stack(members).cpu().unbind())
+        keys.update(zip(todo, map(self.key_of, members), strict=True))
+
+    def _look_up(self, image: Any, key: str, variant: int) -> Any | None:
+        if isinstance(image, Image.Image):
+            picture = self.variants.get_pil(self.recipe, key, variant)
+            return None if picture is None else pil_like(picture, image)
+        pixels = self.variants.get_image(self.recipe, key, variant)
+        return None if pixels is None else _tensor_out(pixels, image)
+
+    def _make(self, misses: Sequence[_Miss], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]) -> None:
+        """Ask for the variants that do not exist, and put those that are waited for into ``outputs``."""
+        supply = self._own_supply()
+        try:
+            if self.on_miss == "queue" and supply.full:
+                self._state.add("dropped", len(misses))
+                return
+            wanted = self._jobs(misses, images, labels)
+            jobs = [job for _, job in wanted]
+            if self.on_miss == "queue":
+                supply.enqueue(jobs)
+            elif wanted:
+                self._fill(wanted, supply.wait_for(jobs), images, outputs)
+        except (ServiceError, GenerationError) as error:
+            if self.on_error == "raise":
+                raise
+            self._state.add("fallbacks", len(misses))
+            self._log_once(type(error).__name__, f"training goes on with originals: {error}")
+
+    def _fill(
+        self,
+        wanted: Sequence[tuple[int, VariantJob]],
+        outcomes: Sequence[VariantOutcome],
+        images: Sequence[Any],
+        outputs: list[Any],
+    ) -> None:
+        for (position, job), outcome in zip(wanted, outcomes, strict=True):
+            if outcome.image is not None:
+                image = images[position]
+                if isinstance(image, Image.Image):
+                    outputs[position] = pil_like(to_pil(outcome.image), image)
+                else:
+                    outputs[position] = _tensor_out(outcome.image, image)
+            elif outcome.error is None:
+                self._log_once(str(outcome.reason), f"variant {job.variant} of {job.key} is not used: {outcome.reason}")
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        if errors and self.on_error == "raise":
+            raise GenerationError(errors[0])
+        if errors:
+            self._state.add("fallbacks", len(errors))
+            self._log_once("error", f"training goes on with originals: {errors[0]}")
+
+    def _jobs(self, misses: Sequence[_Miss], images: Sequence[Any], labels: Sequence[Any]) -> list[tuple[int, VariantJob]]:
+        """What to ask for, with the position of the image; without what is known to be impossible."""
+        records = self.captions.get_many([miss.key for miss in misses])
+        wanted = []
+        for position, key, variant in misses:
+            if self.variants.failure(self.recipe, key, variant) is not None:
+                self._state.add("unavailable")
+                continue
+            record = records.get(key)
+            label = record.label if record is not None and record.label else label_name(labels[position], self.class_names)
+            if (record is None and self.missing != "caption") or label is None:
+                if self.missing == "original":
+                    self._state.add("missing")
+                    continue
+                raise MissingCaptionError(_missing_message(record is None and self.missing == "error", key, labels[position]))
+            image = to_uint8_chw(images[position])
+            if record is None:
+                wanted.append((position, VariantJob(key, variant, image, label, None)))
+            else:
+                scores = (record.similarity, record.rank)
+                wanted.append((position, VariantJob(key, variant, image, label, record.caption, *scores)))
+        return wanted
+
+    def _own_supply(self) -> VariantSupply:
+        if self._supply is None:
+            self._supply = VariantSupply(self._spec(self._device(), {}), self._state)
+        return self._supply
+
+    def _spec(self, device: str, options: Mapping[str, Any]) -> MakerSpec:
+        on_demand = self.missing == "caption"
+        return MakerSpec(
+            self.recipe,
+            self.variants,
+            self.captions,
+            device=device,
+            generator=self._generator,
+            options=dict(options),
+            captioner=self.captioner if on_demand else None,
+            scorer=self.scorer if on_demand else None,
+            clip=self.scorer if isinstance(self.scorer, str) else None,
+            state=self._state,
+        )
+
+    def _device(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _labels_of(self, sample: Any, spans: Sequence[tuple[int, bool, int, int]], total: int) -> list[Any]:
+        """The label of each image: a batch has one for each member, several single images share one or have one each."""
+        labels: list[Any] = [None] * total
+        singles = [start for _, batched, start, _ in spans if not batched]
+        for start, label in zip(singles, find_labels(sample, len(singles)), strict=True):
+            labels[start] = label
+        for _, batched, start, stop in spans:
+            if batched:
+                labels[start:stop] = find_labels(sample, stop - start)
+        return labels
+
+    def _log_once(self, cause: str, message: str) -> None:
+        if cause not in self._logged:
+            self._logged.add(cause)
+            _log.warning("%s (further cases are only counted: see sgid.stats())", message)
+
+
+class _PublishedService(GenerationService):
+    """A service whose address reaches all live copies of a transform, also after a restart."""
+
+    state: SharedState
+
+    def start(self) -> "_PublishedService":
+        super().start()
+        self.state.publish(address=self.client.address)
+        return self
+
+    def stop(self, timeout: float = 5.0) -> None:
+        if self._client is not None and self.state.settings().get("address") == self._client.address:
+            self.state.publish(address=None)
+        super().stop(timeout)
+
+
+def _is_device_batch(images: Sequence[Any]) -> bool:
+    """Whether these are tensors of one kind on an accelerator."""
+    first = images[0]
+    return (
+        isinstance(first, torch.Tensor)
+        and first.device.type != "cpu"
+        and all(isinstance(one, torch.Tensor) and (one.shape, one.dtype) == (first.shape, first.dtype) for one in images)
+    )
+
+
+def _tensor_out(variant: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """The variant in the form of the original tensor, ``tv_tensors.Image`` included."""
+    plain = tensor_like(variant, original.as_subclass(torch.Tensor))
+    wrapped: torch.Tensor = tv_tensors.Image(plain) if isinstance(original, tv_tensors.Image) else plain
+    return wrapped
+
+
+def _scatter(batch: torch.Tensor, members: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A new batch with the changed members in their places, or the same batch if there are none."""
+    changed = [index for index, (before, after) in enumerate(zip(members, outputs, strict=True)) if after is not before]
+    if not changed:
+        return batch
+    result = batch.as_subclass(torch.Tensor).clone()
+    result[changed] = torch.stack([outputs[index] for index in changed])
+    wrapped: torch.Tensor = tv_tensors.Image(result) if isinstance(batch, tv_tensors.Image) else result
+    return wrapped
+
+
+def _missing_message(caption: bool, key: str, label: Any) -> str:
+    if caption:
+        return (
+            f"there is no caption for image {key}; call sgid.prepare(dataset) once with the same images "
+            "(before any random transform), or pass missing='caption' or missing='original'"
+        )
+    what = "no label" if label is None else f"no name for label {label!r}"
+    return (
+        f"there is {what} for image {key}; pass the label along, `sgid(image, label)`, with class_names=dataset.classes, "
+        "or call sgid.prepare(dataset), which keeps the label's name"
+    )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")

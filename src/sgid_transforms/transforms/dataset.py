@@ -1,0 +1,73 @@
+"""A data set that augments whole batches at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from sgid_transforms.images.samples import take_apart
+from sgid_transforms.transforms.augment import SGIDAugment
+
+
+class SGIDDataset(Dataset[Any]):
+    """A data set whose images pass through :class:`SGIDAugment` and then through ``transform``.
+
+    The same as the two in a ``Compose``, but a ``DataLoader`` worker asks the service for all missing variants of its batch
+    in one request, so that the service can fill its batches: one request per image would limit them to one per worker.
+
+    Args:
+        dataset: Map-style; its items are an image, or a tuple or dict with an image and a label. What its own ``transform``
+            does comes first, and so must not be random.
+        sgid (SGIDAugment): The augmentation.
+        transform (callable, optional): Applied to the image afterwards: the random crops and flips, ``RandAugment`` ...
+        target_transform (callable, optional): Applied to the label, the second element of a tuple.
+
+    Example::
+
+        train = SGIDDataset(ImageFolder("train"), sgid, transform=v2.Compose([v2.RandAugment(), v2.ToImage()]))
+        loader = DataLoader(train, batch_size=64, num_workers=4, shuffle=True)
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sgid: SGIDAugment,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if not isinstance(sgid, SGIDAugment):
+            raise TypeError(f"sgid is a {type(sgid).__name__}; pass the SGIDAugment that is to be applied")
+        self.untransformed = dataset
+        self.sgid = sgid
+        self.transform = transform
+        self.target_transform = target_transform
+
+    def __len__(self) -> int:
+        return len(self.untransformed)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The items of a batch; the loader calls it once per batch, in a worker."""
+        samples = [take_apart(item) for item in self._read(indices)]
+        images = self.sgid.augment([sample.image for sample in samples], [sample.label for sample in samples])
+        return [self._finish(sample.rebuild(self._transformed(image))) for sample, image in zip(samples, images, strict=True)]
+
+    def __getattr__(self, name: str) -> Any:
+        # `classes`, `targets` and the like; never private names, which copying and unpickling ask for too early.
+        if name.startswith("_") or name == "untransformed":
+            raise AttributeError(name)
+        return getattr(self.untransformed, name)
+
+    def _read(self, indices: Sequence[int]) -> list[Any]:
+        many = getattr(self.untransformed, "__getitems__", None)
+        return list(many(list(indices))) if many is not None else [self.untransformed[index] for index in indices]
+
+    def _transformed(self, image: Any) -> Any:
+        return image if self.transform is None else self.transform(image)
+
+    def _finish(self, sample: Any) -> Any:
+        if self.target_transform is None:
+            return sample
+        return (sample[0], self.target_transform(sample[1]), *sample[2:])

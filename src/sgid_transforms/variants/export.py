@@ -1,0 +1,163 @@
+"""Variants as an ordinary folder of class folders, for programs that know nothing of a variant store."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgid_transforms.errors import FolderError
+from sgid_transforms.images.folders import KnownImage, Scan, Skipped, show
+from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.variants.store import Variant, VariantStore
+
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What :func:`export_folder` wrote.
+
+    Args:
+        variants: variants in the folder now.
+        images_with_variants: how many images they are of.
+        originals: original images in the folder now.
+        skipped: what was left out, and why.
+    """
+
+    variants: int
+    images_with_variants: int
+    originals: int
+    skipped: tuple[Skipped, ...]
+
+
+def export_folder(
+    scan: Scan,
+    recipe: Recipe,
+    variants: VariantStore,
+    out: str | os.PathLike[str],
+    *,
+    originals: bool = False,
+    progress: Callable[[Iterable[KnownImage]], Iterable[KnownImage]] = iter,
+) -> ExportReport:
+    """Copy the variants of a folder's images to ``out/<class folder>/<stem>-<key>-<number>.<ending>``.
+
+    Beside them goes a ``metadata.jsonl`` as Hugging Face's imagefolder reads it: ``file_name``, ``text`` (the prompt),
+    ``label``, and where the variant comes from. Images are copied byte by byte, what is there already is not copied again.
+
+    Args:
+        scan: the original images; class folders are named as theirs.
+        recipe: whose variants.
+        variants: where they are.
+        out: new, empty, or an earlier export of the same recipe.
+        originals: copy the originals, too, under their own names.
+        progress: wraps the images while they are walked through, as ``tqdm`` does.
+
+    Raises:
+        FolderError: ``out`` holds something else, or overlaps with the images, or cannot be written.
+    """
+    top = Path(out)
+    _check_target(top, scan, recipe)
+    numbers: dict[str, list[int]] = {}
+    for ref in variants.iter(recipe):
+        numbers.setdefault(ref.key, []).append(ref.variant)
+    skipped = list(scan.skipped)
+    lines: list[dict[str, Any]] = []
+    counts = {"variants": 0, "images": 0, "originals": 0}
+    try:
+        for image in progress(scan.images):
+            found = list(_variants_of(image, recipe, variants, numbers.get(image.key, [])))
+            counts["images"] += bool(found)
+            if originals:
+                lines.append(_copy_original(image, recipe, top))
+                counts["originals"] += 1
+            for number, variant in found:
+                name = f"{image.file.path.stem}-{image.key[:8]}-{number}{variant.path.suffix}"
+                _copy(variant.path, top / image.file.folder / name)
+                lines.append(_line(image, recipe, number, variant, f"{image.file.folder}/{name}"))
+                counts["variants"] += 1
+            if not found:
+                skipped.append(Skipped(image.file.path, "it has no variants of this recipe; run sgid generate first"))
+        _write(top / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        raise FolderError(f"could not write {show(error.filename or top)} ({error.strerror}); check its folder") from error
+    return ExportReport(counts["variants"], counts["images"], counts["originals"], tuple(skipped))
+
+
+def _check_target(top: Path, scan: Scan, recipe: Recipe) -> None:
+    if top.exists() and not top.is_dir():
+        raise FolderError(f"{show(top)} is a file; give a folder to export to")
+    inside = top.resolve()
+    for folder in {image.file.path.parent for image in scan.images}:
+        source = folder.resolve()
+        if source.is_relative_to(inside) or inside.is_relative_to(source):
+            raise FolderError(f"{show(top)} overlaps with the images themselves; export to a folder of its own")
+    if not top.is_dir() or not any(top.iterdir()):
+        return
+    try:
+        with open(top / METADATA, encoding="utf-8") as file:
+            first: Any = json.loads(file.readline())
+        known = isinstance(first, Mapping) and first.get("recipe") == recipe.fingerprint
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise FolderError(f"{show(top)} holds something else than an export of this recipe; choose a new folder")
+
+
+def _variants_of(
+    image: KnownImage, recipe: Recipe, variants: VariantStore, numbers: list[int]
+) -> Iterator[tuple[int, Variant]]:
+    for number in sorted(numbers):
+        variant = variants.get(recipe, image.key, number)  # reads it whole, and so leaves damaged ones out
+        if variant is not None:
+            yield number, variant
+
+
+def _copy_original(image: KnownImage, recipe: Recipe, top: Path) -> dict[str, Any]:
+    name = f"{image.file.path.stem}-{image.key[:8]}{image.file.path.suffix}"
+    _copy(image.file.path, top / image.file.folder / name)
+    label = image.file.label
+    return {
+        "file_name": f"{image.file.folder}/{name}",
+        "text": label,
+        "label": label,
+        "key": image.key,
+        "recipe": recipe.fingerprint,
+    }
+
+
+def _line(image: KnownImage, recipe: Recipe, number: int, variant: Variant, file_name: str) -> dict[str, Any]:
+    made = variant.provenance
+    return {
+        "file_name": file_name,
+        "text": made.prompt,
+        "label": image.file.label,
+        "key": image.key,
+        "variant": number,
+        "original": image.file.path.name,
+        "recipe": recipe.fingerprint,
+        "model": made.model,
+        "strength": made.strength,
+        "guidance_scale": made.guidance_scale,
+        "seed": made.seed,
+        "similarity": made.similarity,
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, in one step for whoever looks, unless it is there already."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.copyfile(source, part)
+    os.replace(part, target)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="ascii")
+    os.replace(part, path)

@@ -1,0 +1,237 @@
+"""Captioning a data set: what is looked past, what is refused, what is kept."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, random_split
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from sgid_transforms.captions.record import CaptionRecord
+from sgid_transforms.images.keys import image_key
+from sgid_transforms.transforms.augment import SGIDAugment
+from sgid_transforms.transforms.dataset import SGIDDataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "data")
+
+
+@pytest.fixture
+def sgid(tmp_path: Path) -> SGIDAugment:
+    return SGIDAugment(
+        captions=tmp_path / "captions.sqlite",
+        variants=tmp_path / "variants",
+        captioner=FakeCaptioner(),
+        scorer=FakeScorer(),
+    )
+
+
+class Pictures(Dataset):
+    """Pairs of a picture and a class number."""
+
+    def __init__(self, *numbers: int, label: Any = 1) -> None:
+        self.numbers, self.label = numbers, label
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Any:
+        return pil_picture(self.numbers[index]), self.label
+
+
+def test_records_hold_all_that_is_known(sgid: SGIDAugment, folder: Path) -> None:
+    report = sgid.prepare(ImageFolder(folder), progress=False)
+    assert (report.images, report.captioned, report.scored, report.known, report.failed) == (12, 12, 12, 0, ())
+    record = sgid.captions.get(image_key(picture(5)))
+    assert record.caption == f"brightness {int(picture(5).float().mean())}"
+    assert (record.label, record.captioner, record.source) == ("dog", "fake", "model")
+    assert record.path == str(folder / "dog" / "005.png")
+    assert record.similarity == pytest.approx(len(f"a photo of a dog, {record.caption}") / 100)
+    assert all(0 <= one.rank <= 1 for one in sgid.captions)
+
+
+def test_second_call_does_nothing_and_new_images_only_are_captioned(sgid: SGIDAugment, folder: Path) -> None:
+    captioner = sgid.captioner
+    sgid.prepare(Subset(ImageFolder(folder), range(7)), progress=False, batch_size=2)
+    assert captioner.seen == 7
+    assert sgid.prepare(ImageFolder(folder), progress=False).captioned == 5
+    report = sgid.prepare(ImageFolder(folder), progress=False)
+    assert (report.known, captioner.seen) == (12, 12)
+
+
+def test_interrupted_run_keeps_what_it_did(sgid: SGIDAugment, folder: Path) -> None:
+    class Interrupting(FakeCaptioner):
+        def caption(self, images: Any) -> list[str]:
+            if self.seen >= 6:
+                raise KeyboardInterrupt
+            return super().caption(images)
+
+    captioner, sgid.captioner = sgid.captioner, Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        sgid.prepare(ImageFolder(folder), batch_size=3, progress=False)
+    assert len(sgid.captions) == 6
+    sgid.captioner = captioner
+    assert sgid.prepare(ImageFolder(folder), batch_size=3, progress=False).captioned == 6
+
+
+def test_human_captions_and_missing_scores(sgid: SGIDAugment, folder: Path) -> None:
+    key = image_key(picture(0))
+    sgid.captions.put(CaptionRecord(key, "written by hand", captioner="me", source="human"))
+    report = sgid.prepare(ImageFolder(folder), progress=False)
+    assert (report.captioned, report.scored) == (11, 12)
+    record = sgid.captions.get(key)
+    assert (record.caption, record.source, record.captioner, record.label) == ("written by hand", "human", "me", "cat")
+    assert record.similarity == pytest.approx(len("a photo of a cat, written by hand") / 100)
+
+
+def test_equal_images_are_captioned_once(sgid: SGIDAugment) -> None:
+    report = sgid.prepare(Pictures(1, 2, 1, 1, label="cat"), progress=False)
+    assert (report.images, report.captioned) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda data, sgid: data,
+        lambda data, sgid: Subset(data, range(12)),
+        lambda data, sgid: random_split(data, [12, 0])[0],
+        lambda data, sgid: ConcatDataset([Subset(data, range(4)), ConcatDataset([Subset(data, range(4, 12))])]),
+        lambda data, sgid: SGIDDataset(data, sgid) if data.transform is None else data,
+    ],
+)
+@pytest.mark.parametrize("chain", ["none", "after", "around", "joint"])
+def test_transforms_that_are_set_are_looked_past(sgid: SGIDAugment, folder: Path, wrap: Any, chain: str) -> None:
+    data = ImageFolder(folder)
+    after = [v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize([9.0], [0.1])]
+    if chain == "after":
+        data = ImageFolder(folder, transform=v2.Compose([sgid, *after]), target_transform=str)
+    elif chain == "around":
+        data = ImageFolder(folder, transform=v2.Compose([v2.Compose([v2.RandomRotation(9)]), *after]))
+    elif chain == "joint":
+        data.transforms = v2.Compose([v2.Identity(), v2.Compose([sgid]), *after])
+    before = dict(vars(data))
+    sgid.prepare(wrap(data, sgid), progress=False)
+    assert vars(data) == before
+    labels = {image_key(picture(n)): CLASSES[n // 4] for n in range(12)}
+    assert {record.key: record.label for record in sgid.captions} == labels
+
+
+def test_what_stands_before_the_transform_is_applied(sgid: SGIDAugment, folder: Path) -> None:
+    resize = v2.Resize(8)
+    data = ImageFolder(folder, transform=v2.Compose([v2.Compose([resize, sgid]), v2.ToImage()]))
+    sgid.prepare(data, progress=False)
+    keys = {record.key for record in sgid.captions}
+    assert keys == {image_key(resize(pil_picture(n))) for n in range(12)}
+    sgid.on_miss = "original"
+    sgid.p = 1.0
+    data[0]
+    assert sgid.captions.missing([image_key(resize(pil_picture(0)))]) == []
+
+
+def test_misspelled_class_of_p_is_told(sgid: SGIDAugment, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sgid.p = {"cat": 0.9, "forg": 0.5, "whale": 0.1, "*": 0.0}
+    sgid.prepare(ImageFolder(folder), progress=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "p names the class 'forg', of which no image was prepared; did you mean 'frog'?",
+        "p names the class 'whale', of which no image was prepared",
+    ]
+
+
+def test_random_images_are_refused(sgid: SGIDAugment, folder: Path) -> None:
+    data = ImageFolder(folder, transform=v2.Compose([v2.ColorJitter(0.9), sgid]))
+    with pytest.raises(ValueError, match="another image each time item 0 is read"):
+        sgid.prepare(data, progress=False)
+
+
+def test_unreadable_images_are_listed(sgid: SGIDAugment, folder: Path) -> None:
+    (folder / "dog" / "005.png").write_bytes(b"no image")
+    (folder / "frog" / "011.png").write_bytes((folder / "frog" / "010.png").read_bytes()[:500])
+    report = sgid.prepare(ImageFolder(folder), progress=False)
+    assert [index for index, _ in report.failed] == [5, 11]
+    assert "UnidentifiedImageError" in report.failed[0][1]
+    assert report.captioned == 10
+
+
+def test_tensors_and_dicts(sgid: SGIDAugment) -> None:
+    items = [{"img": picture(n), "label": "truck"} for n in range(3)] + [(picture(3).float() / 255, "ship", "more")]
+    sgid.prepare(items, progress=False)
+    assert [sgid.captions.get(image_key(picture(n))).label for n in range(4)] == ["truck"] * 3 + ["ship"]
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "expected"),
+    [
+        ({"n02123045": "tabby cat"}, "n02123045", "tabby cat"),
+        ({"n02123045": "tabby cat"}, "Egyptian_cat", "Egyptian cat"),
+        ({"1": "one"}, 1, "one"),
+        (["zero", "one"], 1, "one"),
+    ],
+)
+def test_class_names(tmp_path: Path, sgid: SGIDAugment, names: Any, label: Any, expected: str) -> None:
+    sgid.class_names = names
+    sgid.prepare(Pictures(0, label=label), progress=False)
+    assert next(iter(sgid.captions)).label == expected
+
+
+def test_names_come_from_the_data_set_and_are_mapped(sgid: SGIDAugment) -> None:
+    data = Pictures(0, label=1)
+    data.classes = ["n01", "n02"]  # type: ignore[attr-defined]
+    sgid.class_names = {"n02": "lorikeet"}
+    sgid.prepare(data, progress=False)
+    assert next(iter(sgid.captions)).label == "lorikeet"
+
+
+def test_class_without_a_name_is_refused(sgid: SGIDAugment) -> None:
+    with pytest.raises(ValueError, match="class 1 has no name; pass class_names="):
+        sgid.prepare(Pictures(0), progress=False)
+
+
+@pytest.mark.parametrize("data", [[3, 4], [("a", "b")], [{"x": 1}]])
+def test_data_sets_without_images_are_refused(sgid: SGIDAugment, data: Any) -> None:
+    with pytest.raises(TypeError, match="must be, or hold, a PIL image or an image tensor"):
+        sgid.prepare(data, progress=False)
+
+
+def test_iterable_data_sets_are_refused(sgid: SGIDAugment) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            yield from ()
+
+    with pytest.raises(TypeError, match="Stream is not a map-style data set"):
+        sgid.prepare(Stream(), progress=False)
+
+
+def test_empty_data_set(sgid: SGIDAugment) -> None:
+    assert sgid.prepare([], progress=False).images == 0
+
+
+def test_ranks_of_one_job_prepare_once(sgid: SGIDAugment, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    reports = []
+    data = ImageFolder(folder)
+    threads = [threading.Thread(target=lambda: reports.append(sgid.prepare(data, progress=False))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(report.captioned for report in reports) == [0, 12]
+    assert sgid.captioner.seen == 12
+    assert sgid.prepare(_FirstOnly(12), progress=False).known == 12  # the second rank does not even read the images
+
+
+class _FirstOnly:
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        assert index == 0
+        return pil_picture(0), "cat"

@@ -1,0 +1,388 @@
+"""From a name to a pipeline: what is loaded, and the one sentence for everything that cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_families
+import tiny_models
+import torch
+
+from sgid_transforms.errors import GenerationError, ModelLoadError
+from sgid_transforms.models import checkpoints, loading
+from sgid_transforms.models.loading import compile_pipeline, default_dtype, denoiser, load_pipeline, padded_sizes
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion checkpoint in diffusers' layout."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "sd1"
+    tiny_models.sd1().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "broken"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_folder_is_loaded_as_an_image_to_image_pipeline(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pipeline = load_pipeline(str(saved))
+    assert type(pipeline).__name__ == "StableDiffusionImg2ImgPipeline"
+    original = tiny_models.sd1().unet.state_dict()
+    assert all(torch.equal(value, original[name]) for name, value in pipeline.unet.state_dict().items())
+    assert pipeline.unet.dtype == torch.float32
+    assert os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"]
+    assert capfd.readouterr() == ("", "")  # neither progress bars nor remarks
+
+
+def test_loading_keeps_the_log_settings_of_the_user(saved: Path) -> None:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_pipeline(str(saved))
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_dtype_reaches_the_weights(saved: Path) -> None:
+    assert load_pipeline(str(saved), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert default_dtype("cpu") == torch.float32
+
+
+def test_half_precision_prefers_fp16_files(saved: Path, tmp_path: Path) -> None:
+    pipeline = tiny_models.sd1()
+    pipeline.unet.conv_in.bias.data.fill_(7.0)
+    pipeline.save_pretrained(tmp_path, safe_serialization=True)
+    for folder in ("unet", "vae", "text_encoder"):
+        for path in (tmp_path / folder).glob("*.safetensors"):
+            path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    loaded = load_pipeline(str(tmp_path), dtype=torch.float16)
+    assert float(loaded.unet.conv_in.bias[0].detach()) == 7.0
+    with pytest.raises(ModelLoadError, match=r"^.* has no safetensors weights for a part of it: "):
+        load_pipeline(str(tmp_path), dtype=torch.float32)
+
+
+def test_a_text_to_image_checkpoint_of_another_family_becomes_image_to_image(tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    FluxPipeline(**tiny_families._flux_parts()).save_pretrained(tmp_path, safe_serialization=True)
+    assert type(load_pipeline(str(tmp_path))).__name__ == "FluxImg2ImgPipeline"
+
+
+def test_pag_and_controlnet_are_added_on_request(saved: Path, tmp_path: Path) -> None:
+    assert type(load_pipeline(str(saved), pag=True)).__name__ == "StableDiffusionPAGImg2ImgPipeline"
+    tiny_families._controlnet(tiny_families.WIDTH).save_pretrained(tmp_path)
+    with_control = load_pipeline(str(saved), controlnet=str(tmp_path))
+    assert type(with_control).__name__ == "StableDiffusionControlNetImg2ImgPipeline"
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"^the ControlNet in .* has no weights; a .safetensors file is missing$"):
+        load_pipeline(str(saved), controlnet=str(tmp_path))
+
+
+def remove_weights(folder: Path) -> None:
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.unlink()
+
+
+def pickle_weights(folder: Path) -> None:
+    remove_weights(folder)
+    # A pickle that would leave a trace if it were opened.
+    trap = b"cposix\nsystem\n(S'touch " + str(folder / "opened").encode() + b"'\ntR."
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(trap)
+
+
+def remove_part(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+
+
+def remove_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def single_model(folder: Path) -> None:
+    remove_index(folder)
+    shutil.copy(folder / "unet" / "config.json", folder)
+
+
+def damage_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{")
+
+
+def name_a_list(folder: Path) -> None:
+    (folder / "model_index.json").write_text("[]")
+
+
+def custom_pipeline(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name=["pipeline", "MyPipeline"])
+    (folder / "pipeline.py").write_text(f"open({str(folder / 'opened')!r}, 'w')")
+
+
+def custom_component(folder: Path) -> None:
+    edit(folder / "model_index.json", unet=["my_unet", "MyUNet"])
+    (folder / "unet" / "my_unet.py").write_text(f"open({str(folder / 'opened')!r}, 'w')")
+
+
+def unconditional(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name="DDPMPipeline")
+
+
+def layered(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name="QwenImageLayeredPipeline")
+
+
+def no_class(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name=None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_weights, r"^unet of .*broken has no weights; a .safetensors file is missing$"),
+        (
+            pickle_weights,
+            r"^unet of .*broken has only pickled weights \(diffusion_pytorch_model.bin\), which can run code",
+        ),
+        (remove_part, r"^.*broken has no folder 'vae' for the AutoencoderKL that its model_index.json names$"),
+        (remove_index, r"^.*broken has no model_index.json \(it is not in diffusers' layout\); give a folder made by a"),
+        (single_model, r"^.*broken has no model_index.json \(it holds weights of a single model\); give a folder"),
+        (damage_index, r"^.*model_index.json cannot be read \(.*\); copy the checkpoint again$"),
+        (name_a_list, r"^.*model_index.json is not a JSON object; copy the checkpoint again$"),
+        (
+            custom_pipeline,
+            r"^.*broken is a custom pipeline \(MyPipeline\), whose own code would have to be run",
+        ),
+        (custom_component, r"^.*broken asks to run code of its own \(unet/my_unet.py\), which is never run$"),
+        (unconditional, r"^.*broken is a DDPMPipeline, for which diffusers has no image-to-image pipeline; choose an"),
+        (layered, r"^.*broken is a QwenImageLayeredPipeline, which is not supported: it splits an image into transparent"),
+        (no_class, r"^.*broken names no pipeline class in its model_index.json; give a folder made by save_pretrained$"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_in_one_sentence(checkpoint: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(checkpoint)
+    with pytest.raises(ModelLoadError, match=message) as caught:
+        load_pipeline(str(checkpoint))
+    assert "\n" not in str(caught.value)
+    assert not (checkpoint / "opened").exists()  # nothing of it was run
+
+
+def test_a_tokenizer_needs_no_weights(checkpoint: Path) -> None:
+    """Processors of some checkpoints bring a model's config.json along."""
+    shutil.copy(checkpoint / "text_encoder" / "config.json", checkpoint / "tokenizer")
+    assert load_pipeline(str(checkpoint)).tokenizer is not None
+
+
+def test_weights_that_do_not_fit_their_config(checkpoint: Path) -> None:
+    (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ModelLoadError, match=r"^.*broken cannot be loaded: .*") as caught:
+        load_pipeline(str(checkpoint))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "./not/there",
+            r"^the folder './not/there' does not exist; give an existing folder, 'tiny', or a hub id",
+        ),
+        ("/not/there", r"^the folder '/not/there' does not exist"),
+        ("a/b/c", r"^the folder 'a/b/c' does not exist"),
+        ("someone/something", r"^someone/something is not in the local cache and the hub is out of reach; fetch it once while"),
+    ],
+)
+def test_names_that_lead_nowhere(model: str, message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        load_pipeline(model, local_files_only=True)
+
+
+def test_a_single_file_is_not_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ModelLoadError, match=r"model.safetensors is a single file; give a folder in diffusers' layout"):
+        checkpoints.resolve_model(str(file))
+
+
+def test_tiny_is_the_bundled_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "models" / "checkpoints.py"))
+    with pytest.raises(ModelLoadError, match=r"^the bundled model 'clip' is missing from .*; reinstall sgid-transforms$"):
+        checkpoints.resolve_model("tiny", "clip")
+    (tmp_path / "assets" / "tiny" / "clip").mkdir(parents=True)
+    assert checkpoints.resolve_model("tiny", "clip") == str(tmp_path / "assets" / "tiny" / "clip")
+    assert checkpoints.resolve_model("stabilityai/sd-turbo") == "stabilityai/sd-turbo"
+
+
+def hub_error(kind: str) -> Exception:
+    from huggingface_hub import errors
+
+    error: Exception = getattr(errors, kind).__new__(getattr(errors, kind))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "GatedRepoError",
+            r"^a/b asks for agreement to its licence first; accept it on the hub and",
+        ),
+        ("RevisionNotFoundError", r"^a/b has no such revision; give an existing branch, tag or commit$"),
+        (
+            "RepositoryNotFoundError",
+            r"^a/b is neither a local folder nor a public model on the hub; check the name",
+        ),
+        ("LocalEntryNotFoundError", r"^a/b is not in the local cache and the hub is out of reach; fetch it once while online$"),
+    ],
+)
+def test_hub_errors_become_one_sentence(monkeypatch: pytest.MonkeyPatch, kind: str, message: str) -> None:
+    from diffusers import DiffusionPipeline
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("several\nlines") from hub_error(kind)
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", fail)
+    with pytest.raises(ModelLoadError, match=message):
+        load_pipeline("a/b", local_files_only=False)
+
+
+def test_a_hub_model_is_refused_before_its_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *a, **k: asked.append(k) or {"_class_name": "DDPMPipeline"})
+    monkeypatch.setattr(AutoPipelineForImage2Image, "from_pretrained", lambda *a, **k: pytest.fail("weights were fetched"))
+    with pytest.raises(ModelLoadError, match=r"^a/b is a DDPMPipeline, for which diffusers has no image-to-image pipeline"):
+        load_pipeline("a/b", revision="v1", local_files_only=False)
+    assert asked == [{"revision": "v1", "local_files_only": False}]
+
+
+def test_hub_options_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+
+    calls: list[dict[str, Any]] = []
+
+    def from_pretrained(source: str, **options: Any) -> Any:
+        calls.append({"source": source} | options)
+        if options["variant"] == "fp16":
+            raise OSError("no file named diffusion_pytorch_model.fp16.safetensors")
+        return tiny_models.sd1()
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *a, **k: {"_class_name": "StableDiffusionPipeline"})
+    monkeypatch.setattr(AutoPipelineForImage2Image, "from_pretrained", from_pretrained)
+    load_pipeline("a/b", revision="v1", dtype=torch.float16, local_files_only=False)
+    assert [call["variant"] for call in calls] == ["fp16", None]  # the smaller files first, then the usual ones
+    for call in calls:
+        assert call["use_safetensors"] is True
+        assert call["revision"] == "v1"
+        assert call["local_files_only"] is False
+        assert not {"custom_pipeline", "trust_remote_code"} & set(call)
+
+
+def test_tiny_vae_takes_the_place_of_the_vae(saved: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    def save(channels: int, blocks: int = 2) -> str:
+        torch.manual_seed(0)
+        folder = tmp_path / f"taesd{channels}-{blocks}"
+        AutoencoderTiny(
+            latent_channels=channels,
+            encoder_block_out_channels=(8,) * blocks,
+            decoder_block_out_channels=(8,) * blocks,
+            num_encoder_blocks=(1,) * blocks,
+            num_decoder_blocks=(1,) * blocks,
+        ).save_pretrained(folder)
+        return str(folder)
+
+    assert type(load_pipeline(str(saved), tiny_vae=save(4)).vae).__name__ == "AutoencoderTiny"
+    with pytest.raises(ModelLoadError, match=r"^the tiny VAE .* has 12 latent channels and the model 4; choose the one"):
+        load_pipeline(str(saved), tiny_vae=save(12))
+    with pytest.raises(ModelLoadError, match=r"^the tiny VAE .* scales by 4 and the model by 2$"):
+        load_pipeline(str(saved), tiny_vae=save(4, 3))
+    with pytest.raises(ModelLoadError, match=r"^the tiny VAE '.*nowhere' cannot be loaded: "):
+        load_pipeline(str(saved), tiny_vae=str(tmp_path / "nowhere"))
+
+
+def test_lora_is_fused_from_safetensors_only(saved: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    plain = load_pipeline(str(saved))
+    name = next(key for key in plain.unet.state_dict() if key.endswith("attn1.to_q.weight")).removesuffix(".weight")
+    before = plain.unet.state_dict()[f"{name}.weight"]
+    width = before.shape[0]
+    down, up = torch.ones(1, width), torch.ones(width, 1)
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    weights = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    save_file(weights, folder / "pytorch_lora_weights.safetensors")
+    for source in (folder, folder / "pytorch_lora_weights.safetensors"):
+        fused = load_pipeline(str(saved), lora=str(source), lora_scale=0.5)
+        torch.testing.assert_close(fused.unet.state_dict()[f"{name}.weight"], before + 0.5)
+    save_file(weights, folder / "another.safetensors")
+    with pytest.raises(ModelLoadError, match=r"^the LoRA folder .* holds 2 .safetensors files; give the path of one of them$"):
+        load_pipeline(str(saved), lora=str(folder))
+    pickled = tmp_path / "lora.bin"
+    pickled.write_bytes(b"cposix\n")
+    with pytest.raises(ModelLoadError, match=r"^the LoRA .* holds no .safetensors file \(found lora.bin\); pickled"):
+        load_pipeline(str(saved), lora=str(pickled))
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"something.else": torch.ones(1)}, wrong)
+    with pytest.raises(ModelLoadError, match=r"^the LoRA .* does not fit StableDiffusionImg2ImgPipeline: "):
+        load_pipeline(str(saved), lora=str(wrong))
+
+
+def test_options_that_cannot_work_here(saved: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"^cpu_offload moves modules to an accelerator and back, but device is 'cpu'"):
+        load_pipeline(str(saved), cpu_offload=True)
+    with pytest.raises(GenerationError, match=r"^attention 'flash' is not known; use one of 'auto', 'xformers'$"):
+        load_pipeline(str(saved), attention="flash")
+
+
+def test_compile_takes_the_repeated_blocks(saved: Path) -> None:
+    from diffusers.models.attention import BasicTransformerBlock
+
+    pipeline = load_pipeline(str(saved))
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 500]), torch.randn(2, 77, tiny_families.WIDTH)
+    with torch.no_grad():
+        before = pipeline.unet(*inputs).sample
+        assert compile_pipeline(pipeline, backend="eager") == "regional"
+        after = pipeline.unet(*inputs).sample
+    torch.testing.assert_close(before, after)
+    blocks = [module for module in pipeline.unet.modules() if isinstance(module, BasicTransformerBlock)]
+    assert blocks
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert pipeline.unet._compiled_call_impl is None
+    kandinsky = tiny_families.kandinsky3()
+    assert compile_pipeline(kandinsky, backend="eager") == "whole"
+    assert kandinsky.unet._compiled_call_impl is not None
+
+
+def test_padded_sizes_are_few() -> None:
+    assert padded_sizes(1) == [1]
+    assert padded_sizes(12) == [1, 2, 4, 8, 12]
+    assert padded_sizes(16) == [1, 2, 4, 8, 16]
+    for limit in range(1, 600, 7):
+        sizes = padded_sizes(limit)
+        assert sizes[-1] == limit
+        assert len(sizes) <= 8
+        assert sizes == sorted(set(sizes))
+
+
+def test_denoiser_is_the_network_that_runs_at_every_step() -> None:
+    flux = tiny_families.flux()
+    assert denoiser(flux) is flux.transformer
+    with pytest.raises(ModelLoadError, match="object has neither a UNet nor a transformer"):
+        denoiser(object())
+
+
+def test_the_module_says_what_it_offers() -> None:
+    assert all(hasattr(loading, name) for name in loading.__all__)

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+from image_folders import own_folder, picture, plain_folder
+from job_fakes import fake_models
+from torchvision.datasets import ImageFolder
+
+from sgid_transforms.bulk import generate_folder, scan_folder
+from sgid_transforms.captions.store import CaptionStore
+from sgid_transforms.errors import FolderError
+from sgid_transforms.images.keys import to_uint8_chw
+from sgid_transforms.images.reading import load_image
+from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.variants.export import export_folder
+from sgid_transforms.variants.store import VariantStore
+
+RECIPE = Recipe()
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A scan and a store with two variants of each image."""
+
+    def make(folder):
+        scan = scan_folder(folder)
+        captions, variants = CaptionStore(tmp_path / "captions.sqlite"), VariantStore(tmp_path / "variants")
+        generate_folder(scan, RECIPE, captions, variants, count=2, models=fake_models())
+        captions.close()
+        return scan, variants
+
+    return make
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_torchvision_reads_the_export_as_classes_of_the_same_names(tmp_path, made):
+    scan, variants = made(plain_folder(tmp_path / "data", 3))
+    done = export_folder(scan, RECIPE, variants, tmp_path / "out")
+    assert (done.variants, done.images_with_variants, done.originals) == (12, 6, 0)
+    folder = ImageFolder(str(tmp_path / "out"))
+    assert folder.classes == ["cat", "dog"]
+    assert folder.targets == [0] * 6 + [1] * 6
+    known = {line["file_name"]: line for line in lines(tmp_path / "out")}
+    assert len(known) == 12
+    for name, line in known.items():
+        stored = variants.get_image(RECIPE, line["key"], line["variant"])
+        assert to_uint8_chw(load_image(tmp_path / "out" / name)).equal(stored)
+        assert name.startswith(line["label"])
+        assert line["text"].startswith(f"a photo of a {line['label']}, a thing of colour")
+
+
+def test_hugging_face_reads_the_export(tmp_path, made):
+    datasets = pytest.importorskip("datasets")
+    scan, variants = made(plain_folder(tmp_path / "data", 2))
+    export_folder(scan, RECIPE, variants, tmp_path / "out")
+    rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"]
+    assert len(rows) == 8
+    assert {row["label"] for row in rows} == {"cat", "dog"}
+
+
+def test_originals_come_along_when_they_are_asked_for(tmp_path, made):
+    scan, variants = made(own_folder(tmp_path / "data"))
+    done = export_folder(scan, RECIPE, variants, tmp_path / "out", originals=True)
+    assert done.originals == len(scan.images)
+    assert {one.path.name for one in done.skipped} == {one.path.name for one in scan.skipped}
+    copied = {line["key"]: tmp_path / "out" / line["file_name"] for line in lines(tmp_path / "out") if "variant" not in line}
+    for image in scan.images:
+        assert copied[image.key].read_bytes() == image.file.path.read_bytes()
+
+
+def test_a_second_export_adds_what_is_new(tmp_path, made):
+    folder = plain_folder(tmp_path / "data", 1)
+    export_folder(*_swap(made(folder)), tmp_path / "out")
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
+    picture(88).save(folder / "cat" / "new.png")
+    done = export_folder(*_swap(made(folder)), tmp_path / "out")
+    assert done.variants == len(lines(tmp_path / "out")) == 6
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
+
+
+def _swap(made):
+    scan, variants = made
+    return scan, RECIPE, variants
+
+
+def test_images_without_variants_are_listed(tmp_path, made):
+    folder = plain_folder(tmp_path / "data", 1)
+    _, variants = made(folder)
+    picture(88).save(folder / "cat" / "new.png")
+    done = export_folder(scan_folder(folder), RECIPE, variants, tmp_path / "out")
+    assert [one.path.name for one in done.skipped] == ["new.png"]
+
+
+def test_nothing_else_is_overwritten(tmp_path, made):
+    scan, variants = made(plain_folder(tmp_path / "data", 1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    for out in (tmp_path / "mine", tmp_path / "data", tmp_path / "data" / "cat", tmp_path / "data" / "cat" / "0.png"):
+        with pytest.raises(FolderError):
+            export_folder(scan, RECIPE, variants, out)
+    export_folder(scan, RECIPE, variants, tmp_path / "out")
+    with pytest.raises(FolderError, match="holds something else"):
+        export_folder(scan, Recipe(seed=1), variants, tmp_path / "out")
