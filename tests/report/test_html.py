@@ -13,9 +13,8 @@ from report_fakes import ColourScorer, make_stores, near
 
 from sgid_transforms.captions import CaptionRecord
 from sgid_transforms.images.keys import image_key
-from sgid_transforms.report import ReportError, _view, write_report
-from sgid_transforms.report._pictures import embed
-from sgid_transforms.report.facts import ImageFacts, VariantFacts
+from sgid_transforms.report import ImageFacts, ReportError, VariantFacts, write_report
+from sgid_transforms.report.html import choose, embed
 
 
 class Page(HTMLParser):
@@ -70,6 +69,9 @@ def test_every_original_and_variant_is_there_with_its_figures(report):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert sum(attributes["alt"].startswith("original:") for attributes in images) == 9
     assert sum(attributes["alt"].startswith("variant ") for attributes in images) == 27
+    charts = [attributes["alt"] for attributes in images if attributes["src"].startswith("data:image/svg+xml;base64,")]
+    assert len(charts) == 3
+    assert charts[0].startswith("Is the label still seen? Probability")
     text = " ".join(" ".join(page.text).split())
     for part in ("strength 0.30", "guidance 4.0", "seen as", "Prompt: a photo of a red", "rejected", "label kept by all"):
         assert part in text
@@ -112,15 +114,15 @@ def test_worst_and_best_are_chosen_in_turn_within_the_limit():
         image("best", [(0.9, 0.3)]),
         image("middle", [(0.6, 0.8)]),
     ]
-    assert [one.key for one in _view.choose(images, 100)] == ["lost", "middle", "safe", "best"]
-    assert {one.key for one in _view.choose(images, 4)} == {"lost", "best"}
-    assert [one.key for one in _view.choose(images, 1)] == ["lost"]  # one is always shown
-    assert _view.choose([], 10) == []
+    assert [one.key for one in choose(images, 100)] == ["lost", "middle", "safe", "best"]
+    assert {one.key for one in choose(images, 4)} == {"lost", "best"}
+    assert [one.key for one in choose(images, 1)] == ["lost"]  # one is always shown
+    assert choose([], 10) == []
 
 
 def test_unmeasured_originals_come_last():
     unknown = ImageFacts("unknown", variants=(VariantFacts(0),))
-    assert [one.key for one in _view.choose([unknown, image("lost", [(0.1, 0.2)])], 10)] == ["lost", "unknown"]
+    assert [one.key for one in choose([unknown, image("lost", [(0.1, 0.2)])], 10)] == ["lost", "unknown"]
 
 
 def test_a_cut_is_stated(tmp_path):

@@ -1,9 +1,8 @@
 """Pictures and figures for people: what the augmentation does to their images."""
 
 from sgid_transforms.report.contact_sheet import contact_sheet
-from sgid_transforms.report.facts import ClassFacts, ImageFacts, Survey, VariantFacts
 from sgid_transforms.report.html import ReportError, write_report
-from sgid_transforms.report.survey import survey
+from sgid_transforms.report.survey import ClassFacts, ImageFacts, Survey, VariantFacts, survey
 
 __all__ = [
     "ClassFacts",

@@ -5,30 +5,64 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import io
 import os
-import unicodedata
+import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module, metadata, resources
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import SGIDError
+from sgid_transforms.files import atomic_write
 from sgid_transforms.recipe.recipe import Recipe
-from sgid_transforms.report import _view
-from sgid_transforms.report._pictures import Picture, embed
-from sgid_transforms.report._reading import Originals, Reader
 from sgid_transforms.report.charts import draw_charts
-from sgid_transforms.report.facts import ImageFacts, Survey
 from sgid_transforms.report.metrics import Scorer
-from sgid_transforms.report.survey import survey
+from sgid_transforms.report.survey import ImageFacts, Originals, Reader, Row, Survey, VariantFacts
 from sgid_transforms.variants.store import VariantStore
+
+_CASES = 6
+_PIXEL_ART = 64  # up to this side an image is embedded as it is, and enlarged without smoothing
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what HTML or UTF-8 cannot hold
+
+Measure = Callable[[ImageFacts, VariantFacts], float | None]
 
 
 class ReportError(SGIDError, RuntimeError):
     """A report cannot be made: there is nothing to show, a package is missing, or its file cannot be written."""
+
+
+class Picture(NamedTuple):
+    """An embedded image.
+
+    Args:
+        src: Data URI.
+        pixels: Whether it is so small that its pixels should show.
+    """
+
+    src: str
+    pixels: bool
+
+
+class Card(NamedTuple):
+    """One original with its variants, as the gallery shows it. It is sorted by ``worst``, ``best`` and ``change``."""
+
+    image: ImageFacts
+    anchor: str
+    original: Picture | None
+    variants: list[tuple[VariantFacts, Picture | None]]
+    prompt: str
+    state: str
+    worst: float | None
+    best: float | None
+    change: float | None
 
 
 def write_report(
@@ -52,109 +86,48 @@ def write_report(
     the report's own.
 
     Args:
-        path: of the HTML file; its folder is created, an older file replaced, all or nothing.
-        captions: labels, captions and paths of the originals.
-        variants: the variants.
-        recipe: whose variants.
-        originals: the folder that relative paths of the records start from (default: the working folder), or a function
-            that gives the image of a record, or ``None``, for data sets without files.
-        scorer: an image-text model such as ``CLIPScorer``: without it there are neither label agreement nor diversity.
-        class_names: what the scorer chooses among; default: all labels of the caption store.
-        title: heading of the report.
-        max_originals: originals to measure; a larger store is sampled, which the report says.
-        max_images: pictures to embed; more are cut to the worst and best originals, which the report says.
-        max_side: longest side of an embedded picture in pixels.
-        progress: wraps the keys while they are measured, as ``tqdm`` does.
+        path: The HTML file; its folder is created, and an older file replaced.
+        captions: Labels, captions and paths of the originals.
+        variants: The variants.
+        recipe: The recipe of these variants.
+        originals: Folder that relative paths of the records start from (default: the working folder), or a function
+            that returns the image of a record, or ``None``, for data sets without files.
+        scorer: An image-text model such as ``CLIPScorer``; without it there are neither label agreement nor diversity.
+        class_names: Classes that the scorer chooses among; default: all labels of the caption store.
+        title: Heading of the report.
+        max_originals: Originals to measure; a larger store is sampled, which the report says.
+        max_images: Pictures to embed; more are cut to the worst and best originals, which the report says.
+        max_side: Longest side of an embedded picture in pixels.
+        progress: Wraps the keys while they are measured, as ``tqdm`` does.
 
     Returns:
         The figures.
 
     Raises:
-        ReportError: there are neither variants nor failures of this recipe, Jinja2 or matplotlib is missing, or the file
+        ReportError: There are neither variants nor failures of this recipe, Jinja2 or matplotlib is missing, or the file
             cannot be written.
-        StoreError: a store cannot be read.
-        ValueError: a limit below 1.
+        StoreError: A store cannot be read.
+        ValueError: A limit is below 1.
     """
     for name, value in (("max_images", max_images), ("max_side", max_side)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     check_extra()
-    facts = survey(
-        captions,
-        variants,
-        recipe,
-        originals=originals,
-        scorer=scorer,
-        class_names=class_names,
-        max_originals=max_originals,
-        progress=progress,
-    )
+    reader = Reader(captions, variants, recipe, originals)
+    facts = reader.survey(scorer, class_names, max_originals, progress)
     if not facts.images:
         raise ReportError(
             f"the variant store {variants.root} has no variants of recipe {recipe.fingerprint}; generate some first, "
             "or check the recipe"
         )
-    chosen = _view.choose(facts.images, max_images)
-    pictures = _pictures(Reader(captions, variants, recipe, originals), chosen, max_side)
-    _write(Path(path), render(facts, recipe, chosen, pictures, title=title))
+    cards = [_card(number, image, reader, max_side) for number, image in enumerate(choose(facts.images, max_images))]
+    html = _render(facts, recipe, cards, title)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, html)
+    except OSError as error:
+        raise ReportError(f"the report {path} cannot be written ({error.strerror}); choose another place") from error
     return facts
-
-
-def render(facts: Survey, recipe: Recipe, chosen: Sequence[ImageFacts], pictures: _view.Pictures, *, title: str) -> str:
-    """The report as HTML.
-
-    Args:
-        facts: the figures.
-        recipe: whose variants.
-        chosen: originals to show, worst first.
-        pictures: what is embedded of these.
-        title: heading of the report.
-    """
-    from markupsafe import Markup
-
-    gallery = _view.cards(chosen, pictures)
-    script, style = (_own_file(name) for name in ("report.js", "report.css"))
-    measured = any(image.label_probability is not None for image in facts.images)
-    by_label = "Variants whose label the scorer finds least likely."
-    text = by_label if measured else "Variants that are least like their original."
-    return str(
-        _template().render(
-            title=title,
-            version=metadata.version("sgid-transforms"),
-            date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            recipe=recipe,
-            recipe_fields=[(field.name, _shown(getattr(recipe, field.name))) for field in dataclasses.fields(recipe)],
-            facts=facts,
-            tiles=list(_view.tiles(facts)),
-            notes=list(_view.notes(facts)),
-            worst=_view.worst_cases(gallery),
-            worst_text=text,
-            best=_view.best_cases(gallery),
-            charts=draw_charts(facts),
-            columns=_view.columns(bool(facts.scorer)),
-            classes=_view.sorted_classes(facts),
-            labels=sorted({image.label for image in chosen}, key=str.casefold),
-            orders=_view.orders(facts),
-            cards=gallery,
-            shown_text=_view.shown_text(len(chosen), len(pictures), facts),
-            style=Markup(style),
-            script=Markup(script),
-            script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}",
-        )
-    )
-
-
-def _pictures(reader: Reader, chosen: Sequence[ImageFacts], max_side: int) -> dict[tuple[str, int | None], Picture]:
-    """Read the chosen images once more: all of them would not fit into memory until it is known which are chosen."""
-    pictures: dict[tuple[str, int | None], Picture] = {}
-    for image in chosen:
-        for row in reader.rows({image.key: [variant.number for variant in image.variants]}):
-            if row.image is not None:
-                pictures[image.key, None] = embed(row.image, max_side)
-            for variant, pixels in row.variants:
-                if pixels is not None:
-                    pictures[image.key, variant.number] = embed(pixels, max_side)
-    return pictures
 
 
 def check_extra() -> None:
@@ -166,22 +139,126 @@ def check_extra() -> None:
             raise ReportError(f"a report needs {name}: pip install 'sgid-transforms[report]'") from error
 
 
-def _template() -> Any:
+def choose(images: Sequence[ImageFacts], max_images: int) -> list[ImageFacts]:
+    """Worst and best originals in turn, as long as they and their variants are no more than ``max_images``; worst first.
+
+    At least one original is chosen, if there is any.
+    """
+    worst = sorted(images, key=lambda image: _last_if_none(_lowest(image, _badness)))
+    best = sorted(images, key=lambda image: _last_if_none(_lowest(image, _goodness)))
+    chosen: set[str] = set()
+    room = max_images
+    for image in filter(None, chain.from_iterable(zip_longest(worst, best))):
+        if image.key in chosen:
+            continue
+        room -= 1 + sum(variant.made for variant in image.variants)
+        if room < 0 and chosen:
+            break
+        chosen.add(image.key)
+    return [image for image in worst if image.key in chosen]
+
+
+def embed(image: torch.Tensor, max_side: int) -> Picture:
+    """A uint8 image ``(3, H, W)`` as a data URI: lossless if it is small, else scaled down to ``max_side`` pixels."""
+    picture = to_pil_image(image)
+    pixels = max(picture.size) <= min(_PIXEL_ART, max_side)
+    out = io.BytesIO()
+    if pixels:
+        picture.save(out, "PNG", optimize=True)
+    else:
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        picture.save(out, "WEBP", quality=82, method=4)
+    return Picture(f"data:image/{'png' if pixels else 'webp'};base64,{base64.b64encode(out.getvalue()).decode()}", pixels)
+
+
+def _badness(image: ImageFacts, variant: VariantFacts) -> float | None:
+    """The lower, the worse: the probability of the label, or without it the similarity to the original."""
+    return variant.image_similarity if variant.label_probability is None else variant.label_probability
+
+
+def _goodness(image: ImageFacts, variant: VariantFacts) -> float | None:
+    """The lower, the better: the similarity to the original, if the label was kept."""
+    return variant.image_similarity if variant.answer == image.label else None
+
+
+def _lowest(image: ImageFacts, measure: Measure) -> float | None:
+    return min((value for variant in image.variants if (value := measure(image, variant)) is not None), default=None)
+
+
+def _last_if_none(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def _card(number: int, image: ImageFacts, reader: Reader, max_side: int) -> Card:
+    """Read an image once more, to show it: until it is known which are shown, all of them would not fit into memory."""
+    row = next(reader.rows([image.key]), Row(image, None, {}))
+    pictures = {number: embed(pixels, max_side) for number, pixels in row.pixels.items()}
+    made = [variant for variant in image.variants if variant.made]
+    prompts = {variant.prompt for variant in made}
+    similarities = [variant.image_similarity for variant in made if variant.image_similarity is not None]
+    kept = [variant.answer == image.label for variant in made if variant.answer is not None]
+    states = {"lost": not all(kept), "kept": bool(kept) and all(kept), "rejected": len(made) < len(image.variants)}
+    return Card(
+        image=image,
+        anchor=f"image-{number}",
+        original=None if row.image is None else embed(row.image, max_side),
+        variants=[(variant, pictures.get(variant.number)) for variant in image.variants],
+        prompt=prompts.pop() if len(prompts) == 1 else "",
+        state=" ".join(name for name, holds in states.items() if holds),
+        worst=_lowest(image, _badness),
+        best=_lowest(image, _goodness),
+        change=sum(similarities) / len(similarities) if similarities else None,
+    )
+
+
+def _cases(cards: Sequence[Card], measure: Measure) -> list[tuple[Card, VariantFacts, Picture]]:
+    """The variants that measure lowest, one of an original."""
+    found = []
+    for card in cards:
+        scored = [
+            (value, card, variant, picture)
+            for variant, picture in card.variants
+            if picture is not None and (value := measure(card.image, variant)) is not None
+        ]
+        if scored:
+            found.append(min(scored, key=lambda case: case[0]))
+    return [case[1:] for case in sorted(found, key=lambda case: case[0])[:_CASES]]
+
+
+def _render(facts: Survey, recipe: Recipe, cards: Sequence[Card], title: str) -> str:
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_printable, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["fixed"] = lambda value, digits: f"{round(value, digits) + 0.0:.{digits}f}"  # never -0.00
+    environment.filters["fixed"] = lambda value, digits: f"{round(value, digits) + 0.0:,.{digits}f}"  # never -0.00
     environment.filters["short"] = lambda text, limit: text if len(text) <= limit else f"{text[: limit - 1]}…"
-    return environment.from_string(_own_file("report.html.j2"))
+    script = _own_file("report.js")
+    html: str = environment.from_string(_own_file("report.html.j2")).render(
+        title=title,
+        version=metadata.version("sgid-transforms"),
+        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        recipe=recipe,
+        recipe_fields=[(field.name, _shown(getattr(recipe, field.name))) for field in dataclasses.fields(recipe)],
+        facts=facts,
+        worst=_cases(cards, _badness),
+        best=_cases(cards, _goodness),
+        charts=draw_charts(facts),
+        classes=sorted(facts.classes, key=lambda one: (_last_if_none(one.agreement), one.label.casefold())),
+        labels=sorted({card.image.label for card in cards}, key=str.casefold),
+        cards=cards,
+        pictures=sum(picture is not None for card in cards for picture in (card.original, *(one for _, one in card.variants))),
+        style=Markup(_own_file("report.css")),
+        script=Markup(script),
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+    )
+    return html
 
 
 def _printable(value: Any) -> Any:
-    """Text as UTF-8 and HTML can hold it: half characters and control characters become U+FFFD."""
-    if type(value) is not str or (value.isascii() and value.isprintable()):
-        return value
-    return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n" else char for char in value)
+    """Text with U+FFFD in place of half characters and control characters."""
+    return _UNPRINTABLE.sub("\ufffd", value) if type(value) is str else value
 
 
 def _shown(value: object) -> str:
@@ -194,17 +271,3 @@ def _shown(value: object) -> str:
 
 def _own_file(name: str) -> str:
     return resources.files("sgid_transforms.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file in one step: a report that is open in a browser is never half there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ReportError(f"the report {path} cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""Figures that say whether variants keep their label, stay near their original, and differ from each other.
+"""Figures of sets of images: how far they are apart, and how different from each other.
 
-All of them work on embeddings ``(N, D)`` of any model, or on images and a scorer such as
-:class:`~sgid_transforms.models.clip.CLIPScorer`. FID, KID and LPIPS need weights that are downloaded once.
+They work on embeddings ``(N, D)`` of any model, such as :meth:`~sgid_transforms.models.clip.CLIPScorer.image_features`.
 """
 
 from __future__ import annotations
@@ -11,21 +10,6 @@ from typing import Protocol
 
 import torch
 from torch.nn import functional as F
-
-from sgid_transforms.report._torchmetrics import fid, kid, lpips
-
-__all__ = [
-    "Scorer",
-    "cmmd",
-    "fid",
-    "image_image_similarity",
-    "image_text_similarity",
-    "kid",
-    "label_agreement",
-    "lpips",
-    "mean_pairwise_distance",
-    "vendi_score",
-]
 
 _BLOCK = 4096
 
@@ -41,62 +25,6 @@ class Scorer(Protocol):
 
     def probabilities(self, image_features: torch.Tensor, labels: Sequence[str], /) -> torch.Tensor:
         """Probability ``(N, L)`` of each label for image embeddings, by a softmax over the labels."""
-
-
-def image_text_similarity(images: Sequence[torch.Tensor], texts: Sequence[str], scorer: Scorer) -> torch.Tensor:
-    """CLIP score of each image and its text: the cosine of their embeddings, in [-1, 1] (Hessel et al. 2021, arXiv 2104.08718).
-
-    Shape:
-        N uint8 images ``(3, H, W)`` of any sizes, N texts -> ``(N,)``.
-
-    Raises:
-        ValueError: as many texts as there are not images.
-    """
-    _same_length("images", images, "texts", texts)
-    if not len(images):
-        return torch.zeros(0)
-    return (scorer.image_features(images) * scorer.text_features(texts)).sum(1).clamp(-1, 1)
-
-
-def image_image_similarity(images: Sequence[torch.Tensor], others: Sequence[torch.Tensor], scorer: Scorer) -> torch.Tensor:
-    """Cosine of the CLIP embeddings of each image and its counterpart, in [-1, 1]; 1 for equal images.
-
-    Shape:
-        N and N uint8 images ``(3, H, W)`` of any sizes -> ``(N,)``.
-
-    Raises:
-        ValueError: the two lists differ in length.
-    """
-    _same_length("images", images, "others", others)
-    if not len(images):
-        return torch.zeros(0)
-    return (scorer.image_features(images) * scorer.image_features(others)).sum(1).clamp(-1, 1)
-
-
-def label_agreement(
-    images: Sequence[torch.Tensor], labels: Sequence[str], class_names: Sequence[str], scorer: Scorer
-) -> torch.Tensor:
-    """Whether CLIP, asked for one of the class names, answers with the image's label; its mean is the share that does.
-
-    The answer is as good as the scorer: compare with the figure of the originals, which is seldom 1.
-
-    Shape:
-        N uint8 images ``(3, H, W)`` of any sizes, N labels -> bool ``(N,)``.
-
-    Raises:
-        ValueError: as many labels as there are not images, fewer than two class names, or a label that is none of them.
-    """
-    _same_length("images", images, "labels", labels)
-    if len(set(class_names)) < 2:
-        raise ValueError(f"label agreement among the class names {list(class_names)} says nothing; give at least two of them")
-    index = {name: number for number, name in enumerate(class_names)}
-    for label in labels:
-        if label not in index:
-            raise ValueError(f"label {label!r} is none of the {len(index)} class names; add it to them")
-    if not len(images):
-        return torch.zeros(0, dtype=torch.bool)
-    answers = scorer.probabilities(scorer.image_features(images), class_names).argmax(1).cpu()
-    return answers == torch.tensor([index[label] for label in labels])
 
 
 def cmmd(features: torch.Tensor, others: torch.Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
@@ -174,8 +102,3 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"embeddings of shape {tuple(features.shape)} are not (N, D) with at least one row; stack them")
     return F.normalize(features.detach().cpu().double(), dim=1)
-
-
-def _same_length(name: str, values: Sequence[object], other: str, others: Sequence[object]) -> None:
-    if len(values) != len(others):
-        raise ValueError(f"got {len(values)} {name} and {len(others)} {other}; give one for each")
