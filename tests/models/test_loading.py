@@ -16,7 +16,8 @@ import torch
 
 from sgid_transforms.errors import GenerationError, ModelLoadError
 from sgid_transforms.models import checkpoints, loading
-from sgid_transforms.models.loading import compile_pipeline, default_dtype, denoiser, load_pipeline, padded_sizes
+from sgid_transforms.models.checkpoints import check_unet
+from sgid_transforms.models.loading import compile_pipeline, default_dtype, denoiser, load_pipeline, padded_sizes, quiet
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,35 @@ def test_loading_keeps_the_log_settings_of_the_user(saved: Path) -> None:
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_downloads_keep_their_progress_bars(wanted: bool) -> None:
+    """transformers switches the hub's bars off together with its own."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    if not wanted:
+        disable_progress_bars()
+    try:
+        with quiet():
+            assert are_progress_bars_disabled() is not wanted
+            assert not logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() is not wanted
+        assert logging.is_progress_bar_enabled()
+    finally:
+        enable_progress_bars()
+
+
 def test_dtype_reaches_the_weights(saved: Path) -> None:
     assert load_pipeline(str(saved), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
     assert default_dtype("cpu") == torch.float32
+
+
+def test_emulated_bfloat16_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 has it in software only, which `is_bf16_supported()` counts."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert default_dtype("cuda") == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert default_dtype("cuda") == torch.bfloat16
 
 
 def test_half_precision_prefers_fp16_files(saved: Path, tmp_path: Path) -> None:
@@ -67,10 +94,16 @@ def test_half_precision_prefers_fp16_files(saved: Path, tmp_path: Path) -> None:
     for folder in ("unet", "vae", "text_encoder"):
         for path in (tmp_path / folder).glob("*.safetensors"):
             path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
-    loaded = load_pipeline(str(tmp_path), dtype=torch.float16)
-    assert float(loaded.unet.conv_in.bias[0].detach()) == 7.0
-    with pytest.raises(ModelLoadError, match=r"^.* has no safetensors weights for a part of it: "):
-        load_pipeline(str(tmp_path), dtype=torch.float32)
+    for dtype in (torch.float16, torch.float32):  # also where there are no other files
+        loaded = load_pipeline(str(tmp_path), dtype=dtype)
+        assert float(loaded.unet.conv_in.bias[0].detach()) == 7.0
+        assert loaded.unet.dtype == loaded.text_encoder.dtype == dtype
+    for path in (tmp_path / "unet").glob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".fp16.", ".ema.")))
+    with pytest.raises(
+        ModelLoadError, match=r"^.* has no safetensors weights for a part of it \(.*\); .* pass variant='bf16'$"
+    ):
+        load_pipeline(str(tmp_path))
 
 
 def test_a_text_to_image_checkpoint_of_another_family_becomes_image_to_image(tmp_path: Path) -> None:
@@ -80,14 +113,11 @@ def test_a_text_to_image_checkpoint_of_another_family_becomes_image_to_image(tmp
     assert type(load_pipeline(str(tmp_path))).__name__ == "FluxImg2ImgPipeline"
 
 
-def test_pag_and_controlnet_are_added_on_request(saved: Path, tmp_path: Path) -> None:
-    assert type(load_pipeline(str(saved), pag=True)).__name__ == "StableDiffusionPAGImg2ImgPipeline"
-    tiny_families._controlnet(tiny_families.WIDTH).save_pretrained(tmp_path)
-    with_control = load_pipeline(str(saved), controlnet=str(tmp_path))
-    assert type(with_control).__name__ == "StableDiffusionControlNetImg2ImgPipeline"
-    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ModelLoadError, match=r"^the ControlNet in .* has no weights; a .safetensors file is missing$"):
-        load_pipeline(str(saved), controlnet=str(tmp_path))
+def test_a_saved_controlnet_or_pag_pipeline_stays_what_it_is(tmp_path: Path) -> None:
+    for family in ("stable-diffusion-controlnet", "stable-diffusion-pag"):
+        pipeline = tiny_families.FAMILIES[family]()
+        pipeline.save_pretrained(tmp_path / family, safe_serialization=True)
+        assert type(load_pipeline(str(tmp_path / family))) is type(pipeline)
 
 
 def remove_weights(folder: Path) -> None:
@@ -141,6 +171,19 @@ def layered(folder: Path) -> None:
     edit(folder / "model_index.json", _class_name="QwenImageLayeredPipeline")
 
 
+def reads(channels: int) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "unet" / "config.json", in_channels=channels)
+
+
+def inpainting(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    reads(9)(folder)
+
+
+def flux_fill(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name="FluxFillPipeline")
+
+
 def no_class(folder: Path) -> None:
     edit(folder / "model_index.json", _class_name=None)
 
@@ -163,7 +206,12 @@ def no_class(folder: Path) -> None:
             r"^.*broken is a custom pipeline \(MyPipeline\), whose own code would have to be run",
         ),
         (custom_component, r"^.*broken asks to run code of its own \(unet/my_unet.py\), which is never run$"),
-        (unconditional, r"^.*broken is a DDPMPipeline, for which diffusers has no image-to-image pipeline; choose an"),
+        (unconditional, r"^.*broken is a DDPMPipeline, which diffusers' AutoPipelineForImage2Image does not know; choose an"),
+        (flux_fill, r"^.*broken is a FluxFillPipeline, which diffusers' AutoPipelineForImage2Image does not know; choose an"),
+        (inpainting, r"^.*broken is an inpainting checkpoint \(its UNet reads 9 channels and writes 4\); choose an image-to-"),
+        (reads(9), r"^.*broken is an inpainting checkpoint \(its UNet reads 9 channels and writes 4\); choose an image-to-"),
+        (reads(8), r"^.*broken is an InstructPix2Pix checkpoint \(its UNet reads 8 channels and writes 4\); choose an"),
+        (reads(5), r"^.*broken is no image-to-image checkpoint \(its UNet reads 5 channels and writes 4\); choose an"),
         (layered, r"^.*broken is a QwenImageLayeredPipeline, which is not supported: it splits an image into transparent"),
         (no_class, r"^.*broken names no pipeline class in its model_index.json; give a folder made by save_pretrained$"),
     ],
@@ -174,6 +222,16 @@ def test_what_cannot_be_loaded_is_named_in_one_sentence(checkpoint: Path, damage
         load_pipeline(str(checkpoint))
     assert "\n" not in str(caught.value)
     assert not (checkpoint / "opened").exists()  # nothing of it was run
+
+
+def test_an_inpainting_pipeline_with_a_plain_unet_is_loaded(checkpoint: Path) -> None:
+    edit(checkpoint / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    assert type(load_pipeline(str(checkpoint))).__name__ == "StableDiffusionImg2ImgPipeline"
+
+
+@pytest.mark.parametrize("family", ["if", "kandinsky22"])
+def test_a_unet_that_also_writes_variances_is_fine(family: str) -> None:
+    check_unet(tiny_families.FAMILIES[family]().unet.config, family)
 
 
 def test_a_tokenizer_needs_no_weights(checkpoint: Path) -> None:
@@ -256,14 +314,20 @@ def test_hub_errors_become_one_sentence(monkeypatch: pytest.MonkeyPatch, kind: s
 
 
 def test_a_hub_model_is_refused_before_its_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, UNet2DConditionModel
 
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *a, **k: asked.append(k) or {"_class_name": "DDPMPipeline"})
+    index: dict[str, Any] = {"_class_name": "DDPMPipeline"}
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *a, **k: asked.append(k) or index)
+    monkeypatch.setattr(UNet2DConditionModel, "load_config", lambda *a, **k: asked.append(k) or {"in_channels": 9})
     monkeypatch.setattr(AutoPipelineForImage2Image, "from_pretrained", lambda *a, **k: pytest.fail("weights were fetched"))
-    with pytest.raises(ModelLoadError, match=r"^a/b is a DDPMPipeline, for which diffusers has no image-to-image pipeline"):
+    with pytest.raises(ModelLoadError, match=r"^a/b is a DDPMPipeline, which diffusers' AutoPipelineForImage2Image does not"):
         load_pipeline("a/b", revision="v1", local_files_only=False)
     assert asked == [{"revision": "v1", "local_files_only": False}]
+    index |= {"_class_name": "StableDiffusionInpaintPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    with pytest.raises(ModelLoadError, match=r"^a/b is an inpainting checkpoint \(its UNet reads 9 channels and writes 4\);"):
+        load_pipeline("a/b", revision="v1", local_files_only=False)
+    assert asked[-1] == {"revision": "v1", "local_files_only": False, "subfolder": "unet"}
 
 
 def test_hub_options_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,30 +350,6 @@ def test_hub_options_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert call["revision"] == "v1"
         assert call["local_files_only"] is False
         assert not {"custom_pipeline", "trust_remote_code"} & set(call)
-
-
-def test_tiny_vae_takes_the_place_of_the_vae(saved: Path, tmp_path: Path) -> None:
-    from diffusers import AutoencoderTiny
-
-    def save(channels: int, blocks: int = 2) -> str:
-        torch.manual_seed(0)
-        folder = tmp_path / f"taesd{channels}-{blocks}"
-        AutoencoderTiny(
-            latent_channels=channels,
-            encoder_block_out_channels=(8,) * blocks,
-            decoder_block_out_channels=(8,) * blocks,
-            num_encoder_blocks=(1,) * blocks,
-            num_decoder_blocks=(1,) * blocks,
-        ).save_pretrained(folder)
-        return str(folder)
-
-    assert type(load_pipeline(str(saved), tiny_vae=save(4)).vae).__name__ == "AutoencoderTiny"
-    with pytest.raises(ModelLoadError, match=r"^the tiny VAE .* has 12 latent channels and the model 4; choose the one"):
-        load_pipeline(str(saved), tiny_vae=save(12))
-    with pytest.raises(ModelLoadError, match=r"^the tiny VAE .* scales by 4 and the model by 2$"):
-        load_pipeline(str(saved), tiny_vae=save(4, 3))
-    with pytest.raises(ModelLoadError, match=r"^the tiny VAE '.*nowhere' cannot be loaded: "):
-        load_pipeline(str(saved), tiny_vae=str(tmp_path / "nowhere"))
 
 
 def test_lora_is_fused_from_safetensors_only(saved: Path, tmp_path: Path) -> None:
@@ -340,11 +380,14 @@ def test_lora_is_fused_from_safetensors_only(saved: Path, tmp_path: Path) -> Non
         load_pipeline(str(saved), lora=str(wrong))
 
 
-def test_options_that_cannot_work_here(saved: Path) -> None:
+def test_options_that_cannot_work_here(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_from_pretrained", lambda *a: pytest.fail("weights were read"))
     with pytest.raises(ModelLoadError, match=r"^cpu_offload moves modules to an accelerator and back, but device is 'cpu'"):
         load_pipeline(str(saved), cpu_offload=True)
     with pytest.raises(GenerationError, match=r"^attention 'flash' is not known; use one of 'auto', 'xformers'$"):
         load_pipeline(str(saved), attention="flash")
+    with pytest.raises(GenerationError, match=r"^attention 'xformers' cannot be used: xFormers has kernels for CUDA devices"):
+        load_pipeline(str(saved), attention="xformers")
 
 
 def test_compile_takes_the_repeated_blocks(saved: Path) -> None:
@@ -384,5 +427,19 @@ def test_denoiser_is_the_network_that_runs_at_every_step() -> None:
         denoiser(object())
 
 
-def test_the_module_says_what_it_offers() -> None:
-    assert all(hasattr(loading, name) for name in loading.__all__)
+@pytest.mark.parametrize("suffix", ["", ".fp16"])
+def test_a_hub_model_in_the_local_cache_needs_no_hub(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = Path(shutil.copytree(saved, tmp_path / "models--a--b" / "snapshots" / ("0" * 40)))
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("0" * 40)
+    for path in snapshot.glob("*/*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", f"{suffix}.safetensors")))
+    assert type(load_pipeline("a/b", local_files_only=True)).__name__ == "StableDiffusionImg2ImgPipeline"
+    inpainting(snapshot)
+    with pytest.raises(ModelLoadError, match=r"^a/b is an inpainting checkpoint \(its UNet reads 9 channels and writes 4\);"):
+        load_pipeline("a/b", local_files_only=True)

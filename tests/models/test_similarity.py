@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_text
 import torch
-from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from sgid_transforms.errors import GenerationError, ModelLoadError
 from sgid_transforms.models.clip import CLIPScorer
@@ -48,7 +48,7 @@ def test_features_are_unit_vectors_of_any_batch(scorer: CLIPScorer) -> None:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 48), (20, 37), (100, 33)])
 def test_equals_transformers_own_processor_and_model(scorer: CLIPScorer, height: int, width: int) -> None:
     images, texts = pictures(2, height, width), ["a photo of a cat", "a very different text"]
-    pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    pil = [to_pil_image(image) for image in images]
     inputs = tiny_text.clip_processor()(images=pil, text=texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         output = tiny_text.clip_model()(**inputs)
@@ -62,7 +62,7 @@ def test_equals_transformers_own_processor_and_model(scorer: CLIPScorer, height:
 
 def test_label_probabilities_are_the_softmax_of_clips_logits(scorer: CLIPScorer) -> None:
     images, labels = pictures(2), ["cat", "dog", "ship"]
-    pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    pil = [to_pil_image(image) for image in images]
     texts = [f"a photo of a {label}" for label in labels]
     inputs = tiny_text.clip_processor()(images=pil, text=texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -145,5 +145,3 @@ def test_bad_arguments(scorer: CLIPScorer) -> None:
         scorer.image_features([torch.zeros(3, 8, 8)])
     with pytest.raises(GenerationError, match=r"^batch_size 0 leaves no room"):
         CLIPScorer(batch_size=0)
-    with pytest.raises(GenerationError, match=r"^label_template 'a photo' has no \{label\} in it"):
-        CLIPScorer(label_template="a photo")

@@ -8,7 +8,7 @@ at all is said in `PipelineAdapter.limits`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,32 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from sgid_transforms.errors import ModelLoadError, RecipeError
 from sgid_transforms.generation.batching import BatchLimit, run_isolated
-from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, check_image, check_text, steps_to_run
+from sgid_transforms.generation.requests import (
+    Answers,
+    GenerationRequest,
+    Pull,
+    RejectedImageError,
+    check_image,
+    check_text,
+    in_batches,
+    steps_to_run,
+)
 from sgid_transforms.generation.schedule import SAMPLERS
 from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
-from sgid_transforms.models.checkpoints import UNSUPPORTED_FAMILIES, image_to_image_family
-from sgid_transforms.models.quiet import quiet_calls
+from sgid_transforms.models.checkpoints import UNSUPPORTED_FAMILIES, check_unet, image_to_image_family
+from sgid_transforms.models.loading import quiet
 
 # Kandinsky's combined pipelines hand their list of generators to a prior that doubles the batch, and run out of it.
 _ONE_IMAGE_PER_CALL = ("KandinskyImg2ImgCombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline")
 
 # Text lengths that these pipelines have in their code, whatever their tokenizer says.
 _FIXED_TOKENS = {"IFImg2ImgPipeline": 77, "Kandinsky3Img2ImgPipeline": 128}
+
+_UNION_TILE = 6  # ControlNet-Union's number for "tile": the control image is the picture itself
 
 _UNSAID_RESOLUTION = 1024  # what those pipelines were made for that do not say it: Kandinsky 3, Z-Image
 
@@ -46,18 +58,18 @@ class CallTraits:
     """What one call of a pipeline takes.
 
     Args:
-        strength: it has a ``strength``; without one it edits by instruction and decides by itself how far to go.
-        strength_in_schedule: strength shapes the list of timesteps (LCM), so that only equal strengths can share a call;
+        strength: It has a ``strength``; without one it edits by instruction and decides by itself how far to go.
+        strength_in_schedule: Strength shapes the list of timesteps (LCM), so that only equal strengths can share a call;
             elsewhere it only says how many steps are run.
-        guidance: name of the argument that is the classifier-free guidance scale, or ``None``.
-        distilled_guidance: guidance is an input of the network, at no extra cost, and 1 does not switch it off.
-        negative_prompt: it has a ``negative_prompt``.
-        size: it has ``height`` and ``width``; without them the size is that of the image it is given.
-        max_area: it rescales the size to an area of its own, unless it is told the area.
-        control_image: it needs a control image.
-        control_mode: it needs to know of what kind the control image is.
-        perturbed_attention: it evaluates a third, perturbed row per sample (PAG).
-        one_image_per_call: a list of images would be taken as several views of one subject, or is refused.
+        guidance: Name of the argument that is the classifier-free guidance scale, or None.
+        distilled_guidance: Guidance is an input of the network, at no extra cost, and 1 does not switch it off.
+        negative_prompt: It has a ``negative_prompt``.
+        size: It has ``height`` and ``width``; without them the size is that of the image it is given.
+        max_area: It rescales the size to an area of its own, unless it is told the area.
+        control_image: It needs a control image.
+        control_mode: It needs to know of what kind the control image is.
+        perturbed_attention: It evaluates a third, perturbed row per sample (PAG).
+        one_image_per_call: A list of images would be taken as several views of one subject, or is refused.
     """
 
     strength: bool
@@ -75,7 +87,7 @@ class CallTraits:
 
 def call_traits(pipeline: Any) -> CallTraits:
     """What one call of a pipeline takes, by its signature."""
-    names = inspect.signature(type(pipeline).__call__).parameters
+    names = _parameters(pipeline)
     guidance = next((name for name in ("guidance_scale", "true_cfg_scale") if name in names), None)
     if "true_cfg_scale" in names and names["guidance_scale"].default is None:
         guidance = "true_cfg_scale"  # Qwen-Image: guidance_scale is there for distilled models that do not exist yet
@@ -111,11 +123,11 @@ def limits_of(traits: CallTraits) -> tuple[str, ...]:
     elif traits.distilled_guidance:
         said.append("guidance scale is an input of the network: values at or below 1 do not switch guidance off")
     if traits.negative_prompt and traits.distilled_guidance:
-        said.append("negative prompts have no effect unless call_options sets a true_cfg_scale above 1")
+        said.append("negative prompts have no effect: the pipeline reads them only with a second scale, which is not set")
     if not traits.negative_prompt:
         said.append("negative prompts are ignored: the pipeline takes none")
     if traits.control_image:
-        said.append("the control image is the picture itself, unless `control` makes another one of it")
+        said.append("the control image is the picture itself")
     return tuple(said)
 
 
@@ -143,20 +155,17 @@ class PipelineAdapter:
     thread at a time: pipelines and their schedulers keep state.
 
     Args:
-        pipeline: a loaded pipeline.
+        pipeline: A loaded pipeline.
         sampler: ``"auto"``: the pipeline's own scheduler; another one where the pipeline's family can exchange it.
-        num_inference_steps: steps at strength 1.
-        resolution: height and width at which the model works, or one number for an area whose aspect ratio follows the
-            image; ``None``: the model's own.
-        batch_size: images in one call.
-        device: where to move the pipeline; ``None`` leaves it where it is (as CPU offload requires).
-        control: makes the control image, uint8 ``(3, H, W)``, of a picture, for pipelines that need one; ``None``: the
-            picture itself, as tile ControlNets expect.
-        call_options: further keyword arguments for every call, such as ``{"pag_scale": 2.0}``.
+        num_inference_steps: Steps at strength 1.
+        resolution: Height and width at which the model works, or one number for an area whose aspect ratio follows the
+            image; None: the model's own.
+        batch_size: Images in one call.
+        device: Where to move the pipeline; None leaves it where it is (as CPU offload requires).
 
     Raises:
-        ModelLoadError: the pipeline is none that turns images into images.
-        RecipeError: a setting cannot work with this pipeline.
+        ModelLoadError: The pipeline does not turn images into images.
+        RecipeError: A setting cannot work with this pipeline.
     """
 
     def __init__(
@@ -168,8 +177,6 @@ class PipelineAdapter:
         resolution: int | tuple[int, int] | None = None,
         batch_size: int = 8,
         device: str | torch.device | None = None,
-        control: Callable[[Tensor], Tensor] | None = None,
-        call_options: Mapping[str, Any] | None = None,
     ) -> None:
         _check_pipeline(pipeline)
         if batch_size < 1:
@@ -187,12 +194,10 @@ class PipelineAdapter:
         self._multiple = size_multiple(pipeline)
         self._resolution = native_resolution(pipeline) if resolution is None else resolution
         check_resolution(self._resolution, self._multiple)
-        self._control = control
-        self._options = dict(call_options or {})
-        if self.traits.control_mode and "control_mode" not in self._options:
-            self._options["control_mode"] = [_tile_mode(pipeline)]
+        if self.traits.control_mode:
+            _check_tile_mode(pipeline)
         self._limit = BatchLimit(self.batch_size)
-        self._tokenizer, self._max_tokens = _text_limit(pipeline, self._options)
+        self._tokenizer, self._max_tokens = _text_limit(pipeline)
 
     @property
     def limits(self) -> tuple[str, ...]:
@@ -214,7 +219,7 @@ class PipelineAdapter:
         more for perturbed attention. The pipeline itself does not tell.
 
         Raises:
-            GenerationError: the strength leaves no step.
+            GenerationError: The strength leaves no step.
         """
         traits = self.traits
         guided = traits.guidance is not None and not traits.distilled_guidance and request.guidance_scale > 1
@@ -240,6 +245,10 @@ class PipelineAdapter:
             results.update(zip(members, outcomes, strict=True))
         return [results[index] for index in range(len(requests))]
 
+    def stream(self, pull: Pull) -> Iterator[Answers]:
+        """Pull a few batches at a time, so that there are requests to group, and yield them when all of them are done."""
+        return in_batches(self.run, 4 * self.batch_size, pull)
+
     def _steps_of(self, request: GenerationRequest) -> int:
         steps = steps_to_run(self._steps, request.strength)  # also where strength is ignored: it must be a valid one
         return steps if self.traits.strength else self._steps
@@ -254,7 +263,7 @@ class PipelineAdapter:
         return working_size(height, width, self._resolution, self._multiple)
 
     def _call(self, group: list[GenerationRequest], size: tuple[int, int]) -> list[Tensor | Exception]:
-        with torch.no_grad(), quiet_calls():
+        with torch.no_grad(), quiet():
             output = self._pipeline(**self._arguments(group, size))
         images = np.asarray(output.images)
         if images.shape[0] != len(group) or images.ndim != 4 or images.shape[-1] != 3:
@@ -292,31 +301,17 @@ class PipelineAdapter:
         if traits.max_area:
             arguments["max_area"] = size[0] * size[1]
         if traits.control_image:
-            arguments["control_image"] = each([self._control_image(r, i, size) for r, i in zip(group, images, strict=True)])
-        return arguments | self._options
-
-    def _control_image(self, request: GenerationRequest, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        return image if self._control is None else _to_pil(self._control(request.image), size)
-
-
-_UNION_TILE = 6  # ControlNet-Union's number for "tile": the control image is the picture itself
-
-
-def _tile_mode(pipeline: Any) -> int:
-    kinds = pipeline.controlnet.config.num_control_type
-    if kinds <= _UNION_TILE:
-        raise RecipeError(
-            f"the ControlNet-Union has {kinds} kinds of control images and none for the picture itself; "
-            "pass control= and call_options={'control_mode': [...]}"
-        )
-    return _UNION_TILE
+            arguments["control_image"] = each(images)
+        if traits.control_mode:
+            arguments["control_mode"] = [_UNION_TILE]
+        return arguments
 
 
 def set_sampler(pipeline: Any, sampler: str) -> None:
     """Exchange a pipeline's scheduler for the one that a sampler's name stands for.
 
     Raises:
-        RecipeError: the name is unknown, or the pipeline's family is bound to its own scheduler.
+        RecipeError: The name is unknown, or the pipeline's family is bound to its own scheduler.
     """
     if sampler == "auto":
         return
@@ -383,25 +378,33 @@ def _check_pipeline(pipeline: Any) -> None:
     family = image_to_image_family(name)
     if family in UNSUPPORTED_FAMILIES:
         raise ModelLoadError(f"{name} is not supported: {UNSUPPORTED_FAMILIES[family]}")
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    if (
-        not {"image", "prompt", "generator", "output_type", "num_inference_steps"} <= set(parameters)
-        or "mask_image" in parameters
-    ):
+    parameters = set(_parameters(pipeline))
+    if not {"image", "prompt", "generator", "output_type", "num_inference_steps"} <= parameters or "mask_image" in parameters:
         raise ModelLoadError(
             f"{name} does not turn an image and a prompt into an image; load it with AutoPipelineForImage2Image"
         )
+    if family is not None:  # other pipelines, such as InstructPix2Pix, know how to feed their UNet
+        check_unet(_config(pipeline, "unet"), name)
 
 
-def _text_limit(pipeline: Any, options: Mapping[str, Any]) -> tuple[Any, int | None]:
+def _check_tile_mode(pipeline: Any) -> None:
+    kinds = pipeline.controlnet.config.num_control_type
+    if kinds <= _UNION_TILE:
+        raise RecipeError(
+            f"the ControlNet-Union has {kinds} kinds of control images and none for the picture itself (tile, number "
+            f"{_UNION_TILE}); use its ProMax edition"
+        )
+
+
+def _text_limit(pipeline: Any) -> tuple[Any, int | None]:
     """The tokenizer that reads the whole prompt, and how many tokens of it the pipeline keeps."""
     default = _parameters(pipeline).get("max_sequence_length")
     if default is not None:
         # Of several encoders the last one (T5) gives the sequence; the others give one pooled vector and cut at 77.
         names = ("tokenizer_3", "tokenizer_2", "tokenizer")
         present = [name for name in names if getattr(pipeline, name, None) is not None]
-        length = options.get("max_sequence_length", default.default)
-        if "tokenizer_3" in names[: len(names)] and "tokenizer_3" not in present and hasattr(pipeline, "tokenizer_3"):
+        length = default.default
+        if hasattr(pipeline, "tokenizer_3") and pipeline.tokenizer_3 is None:
             present, length = ["tokenizer"], pipeline.tokenizer.model_max_length  # SD3 without T5: CLIP gives the sequence
         tokenizer = getattr(pipeline, present[0])
         return getattr(tokenizer, "tokenizer", tokenizer), int(length)
@@ -416,7 +419,8 @@ def _to_pil(image: Tensor, size: tuple[int, int]) -> Image.Image:
     """A uint8 ``(3, H, W)`` image at another size; pipelines differ in what they take, but all take PIL."""
     if tuple(image.shape[-2:]) != size:
         image = to_uint8(resize(image[None].float() / 255, size))[0]
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    picture: Image.Image = to_pil_image(image)
+    return picture
 
 
 def _finish(request: GenerationRequest, image: np.ndarray[Any, Any], flagged: bool) -> Tensor | Exception:

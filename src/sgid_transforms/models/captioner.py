@@ -1,5 +1,7 @@
 """Captions from pixels, by BLIP or another image-to-text model of transformers."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,23 +9,22 @@ from typing import Any
 import torch
 
 from sgid_transforms.errors import ModelLoadError
+from sgid_transforms.models.checkpoints import check_weights, first_sentence, resolve_model
 
 BLIP = "Salesforce/blip-image-captioning-base"
 """The captioner of the SGID paper's family (Li et al. 2022, arXiv 2201.12086); the default next to any real model."""
 
-_TINY = Path(__file__).parents[1] / "assets" / "tiny" / "captioner"
-
 
 class Captioner:
-    """Writes one caption per image; deterministic (beam search), so that captions can be kept.
+    """Writes one caption per image, the same one every time, so that captions can be kept.
 
     Args:
-        path (str): ``"tiny"`` (bundled), a checkpoint id, or a local folder. Only safetensors are loaded, never remote code.
-        device (str): Where the model runs.
-        batch_size (int): Images per forward pass.
-        num_beams (int): Beams of the search; 1 is greedy.
-        max_new_tokens (int): Longest caption, in tokens; fewer where the model's decoder has no room for them.
-        dtype (torch.dtype, optional): Of the weights; float32 by default.
+        path: ``"tiny"`` (bundled), a checkpoint id, or a local folder. Only safetensors are loaded, never remote code.
+        device: Where the model runs.
+        batch_size: Images per forward pass.
+        num_beams: Beams of the search; 1 is greedy.
+        max_new_tokens: Longest caption, in tokens; fewer where the model's decoder has no room for them.
+        dtype: Of the weights; float32 by default.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
@@ -41,13 +42,15 @@ class Captioner:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from sgid_transforms.models.loading import quiet
 
-        from sgid_transforms.models.quiet import first_sentence, quiet_loading
-
-        source = str(_TINY) if path == "tiny" else str(path)
+        source = resolve_model(path, "captioner")
+        if Path(source).is_dir():
+            check_weights(Path(source), source)
         try:
-            with quiet_loading():
+            with quiet():
+                from transformers import AutoModelForImageTextToText, AutoProcessor
+
                 self._processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
                 model: Any = AutoModelForImageTextToText.from_pretrained(
                     source, use_safetensors=True, trust_remote_code=False, dtype=dtype or torch.float32
@@ -66,15 +69,14 @@ class Captioner:
     @torch.inference_mode()
     def caption(self, images: Sequence[torch.Tensor]) -> list[str]:
         """Captions of uint8 RGB images ``(3, H, W)``, of any sizes; one line each, possibly empty."""
+        from torchvision.transforms.v2.functional import to_pil_image
+
         captions: list[str] = []
         for start in range(0, len(images), self.batch_size):
-            chunk = [_to_numpy(image) for image in images[start : start + self.batch_size]]
+            # PIL says which axis is which; of an array 3 pixels high, processors take the rows for channels.
+            chunk = [to_pil_image(image) for image in images[start : start + self.batch_size]]
             inputs = self._processor(images=chunk, return_tensors="pt").to(self._device)
             inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
             tokens = self._model.generate(**inputs, **self._options)
             captions += self._processor.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(caption.split()) for caption in captions]
-
-
-def _to_numpy(image: torch.Tensor) -> Any:
-    return image.detach().cpu().permute(1, 2, 0).contiguous().numpy()

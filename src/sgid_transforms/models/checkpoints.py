@@ -1,7 +1,7 @@
 """What a checkpoint is, before any of its weights are read: where it lies, and whether it can be used at all.
 
 All checks read JSON and file names only. Weights are accepted as safetensors and nothing else: a pickle runs code when it
-is opened, and so would a custom pipeline.
+is opened, and so does a custom pipeline.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ TINY = "tiny"
 _WEIGHTLESS = ("Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Scheduler", "FeatureExtractor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
+_WAY_OUT = "choose an image-to-image model such as stabilityai/sd-turbo"
+
 UNSUPPORTED_FAMILIES: dict[str, str] = {
     "qwenimage-layered": "it splits an image into transparent layers instead of making a variant of it",
 }
@@ -29,10 +31,10 @@ def resolve_model(model: str, part: str = "pipeline") -> str:
 
     Args:
         model: ``"tiny"``, a local folder, or a hub id like ``"stabilityai/sd-turbo"``.
-        part: which bundled model is meant: ``pipeline``, ``clip`` or ``captioner``.
+        part: Which bundled model is meant: ``pipeline``, ``clip`` or ``captioner``.
 
     Raises:
-        ModelLoadError: the bundled model is not part of this installation, or the name cannot be a model.
+        ModelLoadError: The bundled model is not part of this installation, or the name cannot be a model.
     """
     if model == TINY:
         folder = Path(__file__).resolve().parent.parent / "assets" / "tiny" / part
@@ -68,6 +70,8 @@ def check_pipeline_folder(folder: str | Path) -> None:
             raise ModelLoadError(f"{folder} asks to run code of its own ({name}/{library}.py), which is never run")
         if not kind.endswith(_WEIGHTLESS):
             check_weights(part, f"{name} of {folder}")
+        if name == "unet" and (part / "config.json").is_file():
+            check_unet(read_json(part / "config.json"), str(folder))
 
 
 def check_weights(folder: Path, name: str) -> None:
@@ -89,7 +93,7 @@ def check_pipeline_config(config: Mapping[str, Any], name: str) -> str:
     """The family of a pipeline by its ``model_index.json``, if it is one of images to images.
 
     Raises:
-        ModelLoadError: it is not, or it would need code of its own.
+        ModelLoadError: It is not, or it would need code of its own.
     """
     kind = config.get("_class_name")
     if isinstance(kind, list):
@@ -101,12 +105,23 @@ def check_pipeline_config(config: Mapping[str, Any], name: str) -> str:
     family = image_to_image_family(kind)
     if family is None:
         raise ModelLoadError(
-            f"{name} is a {kind}, for which diffusers has no image-to-image pipeline; choose an image-to-image model "
-            "such as stabilityai/sd-turbo"
+            f"{name} is a {kind}, which diffusers' AutoPipelineForImage2Image does not know; {_WAY_OUT}, or load a pipeline "
+            "that takes an image and a prompt yourself and pass it as Generator.from_recipe(recipe, pipeline=...)"
         )
     if family in UNSUPPORTED_FAMILIES:
         raise ModelLoadError(f"{name} is a {kind}, which is not supported: {UNSUPPORTED_FAMILIES[family]}")
     return family
+
+
+def check_unet(config: Mapping[str, Any], name: str) -> None:
+    """Raise `ModelLoadError` if a UNet reads a mask or a second image beside the latents, which no image-to-image call has.
+
+    Such a UNet has more channels of input than of output. Kandinsky's and IF's have fewer: they also write variances.
+    """
+    read, written = config.get("in_channels") or 4, config.get("out_channels") or 4
+    if read > written:
+        kind = {9: "an inpainting checkpoint", 8: "an InstructPix2Pix checkpoint"}.get(read, "no image-to-image checkpoint")
+        raise ModelLoadError(f"{name} is {kind} (its UNet reads {read} channels and writes {written}); {_WAY_OUT}")
 
 
 def image_to_image_family(class_name: str) -> str | None:
@@ -136,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ModelLoadError: it cannot be read, or is none.
+        ModelLoadError: It cannot be read, or is none.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -145,3 +160,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} is not a JSON object; copy the checkpoint again")
     return content
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first line of an exception's text, for messages that must stay one sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

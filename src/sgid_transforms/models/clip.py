@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgid_transforms.errors import GenerationError, ModelLoadError
-from sgid_transforms.models.checkpoints import check_weights, resolve_model
-from sgid_transforms.models.loading import default_dtype
-from sgid_transforms.models.quiet import first_sentence, is_offline, quiet_loading
+from sgid_transforms.models.checkpoints import check_weights, first_sentence, resolve_model
+from sgid_transforms.models.loading import default_dtype, is_offline, quiet
 
 LABEL_TEMPLATE = "a photo of a {label}"
 
@@ -27,14 +25,19 @@ class CLIPScorer:
 
     The model is loaded from safetensors, on first use or by `load`. Nothing is downloaded for ``"tiny"``.
 
+    Example:
+        >>> scorer = CLIPScorer("tiny")
+        >>> image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        >>> scorer.label_probabilities([image], ["cat", "dog"]).shape
+        torch.Size([1, 2])
+
     Args:
         path: ``"tiny"`` (bundled), a local folder, or a hub id such as ``"openai/clip-vit-base-patch32"``.
-        device: where the model runs.
-        dtype: dtype of the model; ``None``: float32 on a CPU, else bfloat16, or float16 where there is none.
-        batch_size: images or texts in one forward pass.
-        revision: branch, tag or commit of a hub id.
-        local_files_only: never ask the hub; ``None``: only when ``HF_HUB_OFFLINE`` is set.
-        label_template: text for a label, with ``{label}`` in it.
+        device: Where the model runs.
+        dtype: Of the weights; None: float32 on a CPU, else bfloat16, or float16 where there is none.
+        batch_size: Images or texts in one forward pass.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Never ask the hub; None: only when ``HF_HUB_OFFLINE`` is set.
     """
 
     def __init__(
@@ -46,19 +49,13 @@ class CLIPScorer:
         batch_size: int = 64,
         revision: str | None = None,
         local_files_only: bool | None = None,
-        label_template: str = LABEL_TEMPLATE,
     ) -> None:
         if batch_size < 1:
             raise GenerationError(f"batch_size {batch_size} leaves no room for an image; use at least 1")
-        if "{label}" not in label_template:
-            raise GenerationError(
-                f"label_template {label_template!r} has no {{label}} in it; use for example {LABEL_TEMPLATE!r}"
-            )
         self.path = path
         self.revision = revision
         self.device = torch.device(device)
         self.batch_size = batch_size
-        self.label_template = label_template
         self._dtype = dtype
         self._offline = local_files_only
         self._model: Any = None
@@ -75,7 +72,7 @@ class CLIPScorer:
         """Load the model now instead of on first use; returns the scorer.
 
         Raises:
-            ModelLoadError: it cannot be loaded, or is not a CLIP.
+            ModelLoadError: It cannot be loaded, or is not a CLIP.
         """
         if self._model is None:
             self._load()
@@ -128,7 +125,7 @@ class CLIPScorer:
         """Cosine of each image with the text at the same position, float32 ``(N,)`` in [-1, 1].
 
         Raises:
-            GenerationError: there are not as many texts as images.
+            GenerationError: There are not as many texts as images.
         """
         if len(images) != len(texts):
             raise GenerationError(f"{len(images)} images but {len(texts)} texts; pass one text for each image")
@@ -138,7 +135,7 @@ class CLIPScorer:
         """Cosine of each image with the other one at the same position, float32 ``(N,)`` in [-1, 1].
 
         Raises:
-            GenerationError: there are not as many of one as of the other.
+            GenerationError: There are not as many of one as of the other.
         """
         if len(images) != len(others):
             raise GenerationError(f"{len(images)} images but {len(others)} others; pass them in pairs")
@@ -149,7 +146,7 @@ class CLIPScorer:
 
         Args:
             images: uint8 ``(3, H, W)`` each.
-            labels: class names, put into `label_template`.
+            labels: Class names, put into `LABEL_TEMPLATE`.
 
         Returns:
             float32 ``(N, L)``; rows sum to 1.
@@ -157,16 +154,16 @@ class CLIPScorer:
         return self.probabilities(self.image_features(images), labels)
 
     def probabilities(self, image_features: Tensor, labels: Sequence[str]) -> Tensor:
-        """As `label_probabilities`, for image features ``(N, D)`` that are at hand already.
+        """As `label_probabilities`, for image features ``(N, D)`` that were computed before.
 
         Raises:
-            GenerationError: there are no labels, or one comes twice.
+            GenerationError: There are no labels, or one comes twice.
         """
         if not labels:
             raise GenerationError("there are no labels to choose from; pass the class names of the data set")
         if len(set(labels)) != len(labels):
             raise GenerationError("a label comes twice; pass each class name once")
-        texts = self.text_features([self.label_template.format(label=label) for label in labels])
+        texts = self.text_features([LABEL_TEMPLATE.format(label=label) for label in labels])
         scale = float(self._model.logit_scale.detach().exp())
         return (scale * image_features @ texts.T).softmax(1)
 
@@ -179,9 +176,6 @@ class CLIPScorer:
         return int(self._model.config.projection_dim)
 
     def _load(self) -> None:
-        os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
-
         source = resolve_model(self.path, "clip")
         offline = is_offline() if self._offline is None else self._offline
         if Path(source).is_dir():
@@ -191,7 +185,9 @@ class CLIPScorer:
                 )
             check_weights(Path(source), source)
         common: dict[str, Any] = {"revision": self.revision, "local_files_only": offline}
-        with quiet_loading():
+        with quiet():
+            from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
             try:
                 kind = AutoConfig.from_pretrained(source, **common).model_type
                 if kind != "clip":
