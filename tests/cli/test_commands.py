@@ -1,14 +1,15 @@
 """What the commands do and print, with fake models."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
-from sgid_transforms.cli.notes import tiny_note
-from sgid_transforms.cli.output import bar, duration, size
+from sgid_transforms.cli.output import bar, duration, size, tiny_note
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
@@ -105,6 +106,49 @@ def test_verify_finds_damage_and_repairs_it_and_generate_makes_it_again(fake_sgi
     assert (code, victim.exists()) == (0, False)
     assert "1 made now" in fake_sgid("generate", "data", "-k", 1)[1]
     assert fake_sgid("verify")[0] == 0
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_repair_that_cannot_be_done_is_an_error(fake_sgid, monkeypatch, tmp_path, marked):
+    """It once reported damaged files of a store on read-only media as moved."""
+    plain_folder(tmp_path / "data", 2)
+    fake_sgid("generate", "data", "-k", 1)
+    victim = next(VariantStore(tmp_path / "variants").iter()).path
+    victim.write_bytes(victim.read_bytes()[:-9])
+    if not marked:
+        (tmp_path / "variants" / "sgid-variants.json").unlink()
+
+    def refuse(path, *arguments, **named):
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    for name in ("open", "replace", "rename", "link", "unlink", "mkdir", "makedirs"):
+        real = getattr(os, name)
+        may_read = lambda path, flags, *rest, real=real: real(path, flags) if not flags & os.O_CREAT else refuse(path)  # noqa: E731
+        monkeypatch.setattr(os, name, may_read if name == "open" else refuse)
+    code, out, err = fake_sgid("verify", "--repair", *(["--json"] if marked else []))
+    monkeypatch.undo()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, out, len(errors)) == (1, "", 1)
+    assert "could not repair variants" in errors[0]
+    assert victim.exists()
+
+
+def test_a_damaged_variant_that_a_training_replaces_meanwhile_counts_as_repaired(fake_sgid, monkeypatch, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    fake_sgid("generate", "data", "-k", 1)
+    victim = next(VariantStore(tmp_path / "variants").iter()).path
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-9])
+    verify = VariantStore.verify
+
+    def meanwhile(store, *arguments, **named):
+        report = verify(store, *arguments, **named)
+        victim.write_bytes(whole)
+        return report
+
+    monkeypatch.setattr(VariantStore, "verify", meanwhile)
+    code, out, _ = fake_sgid("verify", "--repair")
+    assert (code, "1 moved to variants/quarantine" in out) == (0, True)
 
 
 def test_prune_keeps_what_is_to_be_kept_and_removes_only_when_told(fake_sgid, tmp_path):

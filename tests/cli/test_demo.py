@@ -3,10 +3,13 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
-from sgid_transforms.cli import demo, demo_training
+from sgid_transforms.bulk import scan_folder
+from sgid_transforms.cli import demo
+from sgid_transforms.report import contact_sheet
 
 CLASSES = ("frog", "ship", "truck")
 
@@ -20,13 +23,22 @@ def samples(tmp_path, monkeypatch):
     return tmp_path / "samples"
 
 
-def test_the_whole_way_and_a_second_call_that_has_nothing_to_do(sgid, tmp_path, samples):
+def test_the_whole_way_and_a_second_call_that_has_nothing_to_do(sgid, monkeypatch, tmp_path, samples):
+    cells = []
+
+    def sheet(rows, **titles):
+        cells.extend(cell for row in rows for cell in row)
+        return contact_sheet(rows, **titles)
+
+    monkeypatch.setattr("sgid_transforms.report.contact_sheet", sheet)
     code, out, err = sgid("demo", "--out", "here", "-k", 2, "--steps", 2)
     assert (code, "Traceback" in err) == (0, False)
     assert "6 captions and 12 variants made, 0 variants were there" in out
     named = dict(line.rsplit(maxsplit=1) for line in out.splitlines() if " here/" in line and ";" not in line)
     assert set(named) == {"captions", "variants", "contact sheet", "report", "training"}
     assert all((tmp_path / path).exists() for path in named.values())
+    assert len(cells) == 6 * 3
+    assert None not in cells
     page = (tmp_path / "here" / "report.html").read_text()
     assert page.count("<article") == 6
     results = json.loads((tmp_path / "here" / "training.json").read_text())
@@ -49,21 +61,14 @@ def test_a_missing_package_is_known_before_the_work(sgid, tmp_path, monkeypatch)
 
 
 def test_the_images_that_test_are_never_trained_on(samples):
-    train, test = demo_training.split(samples)
-    assert len(train) == len(test) == 6
-    assert not set(train) & set(test)
-    scan = demo._only(demo_scan(samples), train)
-    assert [image.file.label for image in scan.images] == ["frog", "frog", "ship", "ship", "truck", "truck"]
-
-
-def demo_scan(samples):
-    from sgid_transforms.bulk import scan_folder
-
-    return scan_folder(samples)
+    train, test = demo.split(scan_folder(samples))
+    assert not train & test
+    for part in (train, test):
+        assert sorted(Path(path).parent.name for path in part) == ["frog", "frog", "ship", "ship", "truck", "truck"]
 
 
 def test_the_small_network_learns(samples):
     """Six images by heart: what the demo compares is a training that works."""
-    train, _ = demo_training.split(samples)
-    done = demo_training.train_and_test(samples, train, train, None, steps=40)
+    train, _ = demo.split(scan_folder(samples))
+    done = demo.train_and_test(train, train, [], steps=40)
     assert done["accuracy"] == 1.0

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +22,7 @@ COMMAND = ["generate", "data", "-k", str(VARIANTS)]
 
 # One clean process imports PyTorch, and every command is forked from it: 22 of them start in the time of one.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["sgid_transforms.bulk", "sgid_transforms.cli", "interrupted_sgid"])
+context.set_forkserver_preload(["sgid_transforms.bulk", "sgid_transforms.cli.app", "interrupted_sgid"])
 
 
 class Run:
@@ -119,3 +121,20 @@ def test_ctrl_c_says_what_it_does_and_how_to_go_on(tmp_path):
     assert "stopping after the batch in work" in output
     assert "run the command again" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(tmp_path, module):
+    plain_folder(tmp_path / "data", 1)
+    (tmp_path / "first").mkdir()
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('nothing was interrupted')\n"
+    (tmp_path / "first" / f"{module}.py").write_text(interrupt)
+    done = subprocess.run(
+        [sys.executable, "-c", "from sgid_transforms.cli import main; main()", "generate", "data"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'first'}{os.pathsep}{os.environ['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may ignore it
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -6,6 +6,7 @@ import pytest
 
 from image_folders import picture, plain_folder
 from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.variants import layout
 
 
 def nothing(folder):
@@ -38,7 +39,8 @@ def variants_is_file(folder):
 
 def newer_store(folder):
     (folder / "variants").mkdir()
-    (folder / "variants" / "sgid-variants.json").write_text(json.dumps({"format": 999, "version": 999}))
+    marker = {"format": 999, "check": layout._marker_check(999)}
+    (folder / "variants" / "sgid-variants.json").write_text(json.dumps(marker))
 
 
 def empty(folder):
@@ -93,7 +95,7 @@ MISTAKES = [
     ("no folder at all", nothing, "generate", "DATA"),
     ("no variants", nothing, "generate data -k 0", "--variants-per-image"),
     ("a shard past the last", nothing, "generate data --shard 3/2", "shard 3/2 does not exist"),
-    ("a shard in words", nothing, "generate data --shard first", "no share"),
+    ("a shard in words", nothing, "generate data --shard first", "not a share"),
     ("a batch of none", nothing, "generate data --batch-size 0", "--batch-size"),
     ("a recipe that is not there", nothing, "generate data --recipe r.toml", "r.toml"),
     ("a recipe that is no TOML", bad_toml, "generate data --recipe r.toml", "r.toml"),
@@ -102,11 +104,11 @@ MISTAKES = [
     ("recipe and model", bad_toml, "generate data --recipe r.toml --model tiny", "not both"),
     ("a model's folder that is not there", nothing, "generate data --model ./no/such/model", "does not exist"),
     ("a folder that is no model", no_pipeline, "generate data --model ./model", "model_index.json"),
-    ("a device that does not exist", nothing, "generate data --device gpu", "is no device"),
+    ("a device that does not exist", nothing, "generate data --device gpu", "is not a device"),
     ("a device that is not here", nothing, "generate data --device cuda:77", "CUDA device"),
     ("a device that cannot compute", nothing, "generate data --device meta", "cannot run"),
-    ("class names as a list", names_are_a_list, "generate data --class-names names.json", "no table of names"),
-    ("class names that are no JSON", names_are_broken, "caption data --class-names names.json", "is no JSON"),
+    ("class names as a list", names_are_a_list, "generate data --class-names names.json", "not a table of names"),
+    ("class names that are no JSON", names_are_broken, "caption data --class-names names.json", "is not JSON"),
     ("class names of another data set", names_fit_nothing, "caption data --class-names names.json", "is a class folder"),
     ("a text file as caption store", text_store, "caption data", "captions.sqlite"),
     ("a folder as caption store", store_is_folder, "caption data", "captions.sqlite"),
@@ -116,9 +118,9 @@ MISTAKES = [
     ("an option that does not exist", nothing, "generate data --variants-per-picture 3", "--variants-per-picture"),
     ("a preview of a text file", letter, "preview letter.jpg --label cat", "none of the images"),
     ("a preview without a label", nothing, "preview data/cat/0.png", "--label"),
-    ("strengths in words", nothing, "preview data/cat/0.png --label cat --strengths low,high", "list of 1 to 16 numbers"),
+    ("strengths in words", nothing, "preview data/cat/0.png --label cat --strengths low,high", "a list of 1 to 16 numbers"),
     ("a strength above 1", nothing, "preview data/cat/0.png --label cat --strengths 0.5,1.5", "1.5"),
-    ("a preview without an ending", nothing, "preview data/cat/0.png --label cat --out sheet", "no ending of an image"),
+    ("a preview without an ending", nothing, "preview data/cat/0.png --label cat --out sheet", "does not end as an image file"),
     ("a store that is not there", nothing, "verify", "no variant store"),
     ("prune without --keep", real_store, "prune", "--keep"),
     ("prune with a recipe that the store does not have", real_store, "prune --keep tiny --yes", "has no variants of it"),

@@ -1,27 +1,24 @@
-"""The application: its commands, and how errors leave it."""
+"""The application: its commands, and how errors leave it. A command returns its exit code; None stands for 0."""
 
+import io
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, Final
 
 import typer
 
-from sgid_transforms.cli import codes
-from sgid_transforms.cli.caption import command as caption
-from sgid_transforms.cli.demo import command as demo
-from sgid_transforms.cli.doctor import command as doctor
-from sgid_transforms.cli.export import command as export
-from sgid_transforms.cli.generate import command as generate
-from sgid_transforms.cli.output import fail
-from sgid_transforms.cli.preview import command as preview
-from sgid_transforms.cli.prune import command as prune
-from sgid_transforms.cli.report import command as report
-from sgid_transforms.cli.verify import command as verify
+from sgid_transforms.cli.demo import demo
+from sgid_transforms.cli.doctor import doctor
+from sgid_transforms.cli.generate import caption, generate
+from sgid_transforms.cli.output import fail, printable, say, say_error
+from sgid_transforms.cli.preview import preview
+from sgid_transforms.cli.report import report
+from sgid_transforms.cli.stores import export, prune, verify
 from sgid_transforms.errors import SGIDError
+
+_UsageError: Final[Any] = typer.BadParameter.mro()[1]  # typer has no public name for it
 
 app = typer.Typer(
     name="sgid",
@@ -33,24 +30,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "caption": caption,
-    "generate": generate,
-    "preview": preview,
-    "report": report,
-    "export": export,
-    "verify": verify,
-    "prune": prune,
-    "doctor": doctor,
-}
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+for _command in (demo, caption, generate, preview, report, export, verify, prune, doctor):
+    app.command()(_command)
 
 
 def _say_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"sgid {metadata.version('sgid-transforms')}")
+        say(f"sgid {metadata.version('sgid-transforms')}")
         raise typer.Exit
 
 
@@ -63,19 +49,27 @@ def _options(
     pass
 
 
-def main() -> NoReturn:
-    """The console script: what a user did wrong is told in a sentence, a bug keeps its traceback."""
-    # What the libraries below have to say to each other; our own warnings, and a bug in our code, still show.
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), sys.stderr.encoding)
+
+
+def run() -> int:
+    """Run the command line and return its exit code. Users' mistakes end in one sentence; a bug keeps its traceback."""
+    # Hides what libraries warn each other about; our own warnings, and errors in our code, still show.
     warnings.filterwarnings("ignore", module=r"(huggingface_hub|diffusers|transformers|accelerate|torch)\b")
-    logging.basicConfig(format="sgid: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log = logging.StreamHandler()
+    log.setFormatter(_Formatter("sgid: %(message)s"))
+    logging.basicConfig(handlers=[log], level=logging.WARNING)
     try:
-        app(prog_name="sgid")
+        return app(prog_name="sgid", standalone_mode=False) or 0
+    except _UsageError as error:
+        text = io.StringIO()
+        error.show(text)
+        say_error(text.getvalue().rstrip())
+        return int(error.exit_code)
     except SGIDError as error:
         fail(str(error))
-    except BrokenPipeError:
-        # The reader of our output went away, as `| head` does; Python would complain once more when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(codes.ERROR)
     except OSError as error:
         if error.strerror is None:
             raise
@@ -84,4 +78,3 @@ def main() -> NoReturn:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's, without importing it
             raise
         fail("there is not enough memory; lower --batch-size, or take a smaller model")
-    sys.exit(0)

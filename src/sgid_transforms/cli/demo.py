@@ -1,68 +1,91 @@
 """``sgid demo``: the whole way on the bundled samples, from captions to a trained classifier."""
 
-import dataclasses
 import json
 import time
+from collections.abc import Collection
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from sgid_transforms.cli import codes
-from sgid_transforms.cli.output import duration, say
-from sgid_transforms.cli.stopping import stoppable
+from sgid_transforms.cli.generate import stoppable
+from sgid_transforms.cli.output import INTERRUPTED, duration, say
 
 if TYPE_CHECKING:
-    from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.images.folders import Scan
-    from sgid_transforms.recipe.recipe import Recipe
-    from sgid_transforms.variants.store import VariantStore
 
 SAMPLES: Final = Path(__file__).resolve().parent.parent / "assets" / "samples"
 _SHOWN: Final = 12  # rows of the contact sheet
 _SEEDS: Final = 3  # of either training
+_BATCH: Final = 32
 
 
-def command(
+def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes.")] = Path("sgid-demo"),
     count: Annotated[int, typer.Option("-k", "--variants-per-image", min=1, metavar="K", help="Variants per image.")] = 4,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each training run.")] = 150,
-) -> None:
+) -> int:
     """Try everything on bundled pictures, without a download.
 
-    On 200 CIFAR-10 images: captions, variants, a contact sheet, an HTML report, and short trainings with and without
-    variants, in a few minutes on a CPU. What is done already is skipped.
+    On 200 CIFAR-10 images, it makes captions, variants, a contact sheet, an HTML report, and short trainings with and
+    without variants, in a few minutes on a CPU. It skips what is done already.
     """
     start = time.perf_counter()
     say("loading PyTorch ...")
+    from sgid_transforms.building.address import Address
     from sgid_transforms.bulk import generate_folder, scan_folder
     from sgid_transforms.captions.store import CaptionStore
-    from sgid_transforms.cli.demo_training import split
+    from sgid_transforms.images.reading import load_image
+    from sgid_transforms.models.clip import CLIPScorer
     from sgid_transforms.recipe.recipe import Recipe
-    from sgid_transforms.report.html import check_extra
+    from sgid_transforms.report import contact_sheet
+    from sgid_transforms.report.html import check_extra, write_report
+    from sgid_transforms.transforms.augment import SGIDAugment
     from sgid_transforms.variants.store import VariantStore
 
     check_extra()  # before the work rather than in the middle of it
     out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe.for_model("tiny")
-    captions, variants = CaptionStore(out / "captions.sqlite"), VariantStore(out / "variants")
-    train, test = split(SAMPLES)
-    scan = _only(scan_folder(SAMPLES), train)
+    recipe, variants = Recipe.for_model("tiny"), VariantStore(out / "variants")
+    scan = scan_folder(SAMPLES)
+    train, test = split(scan)
+    images = [image for image in scan.images if str(image.file.path) in train]
+    with closing(CaptionStore(out / "captions.sqlite")) as captions:
+        say(f"1/4  captions and {count} variants of {len(images)} training images")
+        with stoppable() as stop:
+            done = generate_folder(
+                replace(scan, images=tuple(images)), recipe, captions, variants, count=count, progress=True, stop=stop
+            )
+        if done.stopped:
+            say("stopped; run the command again to go on")
+            return INTERRUPTED
+        say(f"     {done.captions.captioned} captions and {done.generated} variants made, {done.present} variants were there")
 
-    say(f"1/4  captions and {count} variants of {len(scan.images)} training images")
-    with stoppable() as stop:
-        done = generate_folder(scan, recipe, captions, variants, count=count, progress=True, stop=stop)
-    if done.stopped:
-        say("stopped; call it again to go on")
-        raise typer.Exit(codes.INTERRUPTED)
-    say(f"     {done.captions.captioned} captions and {done.generated} variants made, {done.present} variants were there")
+        say("2/4  contact sheet")
+        shown = images[:: max(1, len(images) // _SHOWN)][:_SHOWN]
+        known = captions.get_many([image.key for image in shown])
+        records, address = [known[image.key] for image in shown], Address(recipe)
+        keys = [address.key(record) or "" for record in records]
+        contact_sheet(
+            [
+                [load_image(image.file.path), *(address.find(variants, record, key, n, pil=True) for n in range(count))]
+                for image, record, key in zip(shown, records, keys, strict=True)
+            ],
+            row_titles=[f"{record.label}: {record.caption}" for record in records],
+            column_titles=["original", *(f"variant {number}" for number in range(count))],
+        ).save(out / "contact-sheet.png")
 
-    say("2/4  contact sheet")
-    sheet = _sheet(out / "contact-sheet.png", scan, recipe, captions, variants, count)
-    say("3/4  report")
-    report = _report(out / "report.html", recipe, captions, variants)
-    say(f"4/4  training a small ResNet without and with variants: {len(train)} images, {_SEEDS} seeds, {steps} steps of 32")
-    results = _training(out / "training.json", recipe, captions, variants, train, test, count, steps)
+        say("3/4  report")
+        title = "Demo: variants of CIFAR-10 images"
+        write_report(out / "report.html", captions, variants, recipe, scorer=CLIPScorer("tiny"), title=title)
+
+        say(f"4/4  training a small network without and with variants: {len(train)} images, {_SEEDS} seeds, {steps} steps each")
+        sgid = SGIDAugment(
+            recipe=recipe, captions=captions, variants=variants, p=0.5, variants_per_image=count, on_miss="original"
+        )
+        settings = {"recipe": recipe.fingerprint, "variants_per_image": count, "steps": steps, "seeds": _SEEDS}
+        results = _trainings(out / "training.json", settings, train, test, sgid, steps)
 
     say()
     say(f"accuracy on {len(test)} held-out images, mean of the seeds:")
@@ -70,69 +93,26 @@ def command(
         each = ", ".join(f"{100 * one:.0f}" for one in results[name]["accuracy"])
         say(f"  {name + ' variants':<17}{100 * sum(results[name]['accuracy']) / _SEEDS:.1f} %  ({each})")
     say(f"This shows the mechanics and is no benchmark: on {len(test)} test images, some points are chance.")
-    say("What variants bring is measured by benchmarks/accuracy.py of the repository, beside classic augmentation.")
-    captions.close()
+    say("The repository's benchmarks/accuracy.py measures what variants bring, beside classic augmentation.")
     say()
-    for name, path in (
-        ("captions", out / "captions.sqlite"),
-        ("variants", out / "variants"),
-        ("contact sheet", sheet),
-        ("report", report),
-        ("training", out / "training.json"),
-    ):
-        say(f"{name:<14} {path}")
-    say(f"\ndone in {duration(time.perf_counter() - start)}; open {report} in a browser")
+    for name in ("captions.sqlite", "variants", "contact-sheet.png", "report.html", "training.json"):
+        say(f"{Path(name).stem.replace('-', ' '):<14} {out / name}")
+    say(f"\ndone in {duration(time.perf_counter() - start)}; open {out / 'report.html'} in a browser")
     say("next: sgid generate YOUR_FOLDER --dry-run")
+    return 0
 
 
-def _only(scan: "Scan", indices: list[int]) -> "Scan":
-    """Those images of a scan that have these numbers in the ``ImageFolder``."""
-    from torchvision.datasets import ImageFolder
-
-    samples = ImageFolder(str(SAMPLES)).samples
-    wanted = {Path(samples[index][0]) for index in indices}
-    return dataclasses.replace(scan, images=tuple(image for image in scan.images if image.file.path in wanted))
+def split(scan: "Scan") -> tuple[frozenset[str], frozenset[str]]:
+    """Paths of the first and of the second half of each class."""
+    folders = [[str(image.file.path) for image in scan.images if image.file.folder == name] for name in scan.classes]
+    train = frozenset(path for paths in folders for path in paths[: len(paths) // 2])
+    return train, frozenset(path for paths in folders for path in paths) - train
 
 
-def _sheet(path: Path, scan: "Scan", recipe: "Recipe", captions: "CaptionStore", variants: "VariantStore", count: int) -> Path:
-    from sgid_transforms.images.reading import load_image
-    from sgid_transforms.report import contact_sheet
-
-    images = scan.images[:: max(1, len(scan.images) // _SHOWN)][:_SHOWN]
-    records = captions.get_many([image.key for image in images])
-    rows = [
-        [load_image(image.file.path), *(variants.get_image(recipe, image.key, number) for number in range(count))]
-        for image in images
-    ]
-    titles = [f"{image.file.label}: {records[image.key].caption}" for image in images]
-    columns = ["original", *(f"variant {number}" for number in range(count))]
-    contact_sheet(rows, row_titles=titles, column_titles=columns).save(path)
-    return path
-
-
-def _report(path: Path, recipe: "Recipe", captions: "CaptionStore", variants: "VariantStore") -> Path:
-    from sgid_transforms.models.clip import CLIPScorer
-    from sgid_transforms.report.html import write_report
-
-    write_report(path, captions, variants, recipe, scorer=CLIPScorer("tiny"), title="Demo: variants of CIFAR-10 images")
-    return path
-
-
-def _training(
-    path: Path,
-    recipe: "Recipe",
-    captions: "CaptionStore",
-    variants: "VariantStore",
-    train: list[int],
-    test: list[int],
-    count: int,
-    steps: int,
+def _trainings(
+    path: Path, settings: dict[str, Any], train: Collection[str], test: Collection[str], sgid: Any, steps: int
 ) -> dict[str, Any]:
     """Both runs, or what an earlier call with the same settings found."""
-    from sgid_transforms.cli.demo_training import train_and_test
-    from sgid_transforms.transforms.augment import SGIDAugment
-
-    settings = {"recipe": recipe.fingerprint, "variants_per_image": count, "steps": steps, "seeds": _SEEDS}
     try:
         known: dict[str, Any] = json.loads(path.read_text())
         if known["settings"] == settings:
@@ -140,12 +120,61 @@ def _training(
             return known
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    sgid = SGIDAugment(recipe=recipe, captions=captions, variants=variants, p=0.5, variants_per_image=count, on_miss="original")
     results: dict[str, Any] = {"settings": settings}
-    for name, transform in (("without", None), ("with", sgid)):
-        runs = [train_and_test(SAMPLES, train, test, transform, steps=steps, seed=seed) for seed in range(_SEEDS)]
+    for name, first in (("without", []), ("with", [sgid])):
+        runs = [train_and_test(train, test, first, steps=steps, seed=seed) for seed in range(_SEEDS)]
         results[name] = {measure: [run[measure] for run in runs] for measure in ("accuracy", "loss", "seconds")}
         say(f"     {name} variants: {duration(sum(results[name]['seconds']))}")
     say(f"     {sgid.epoch_summary()}")
     path.write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def train_and_test(
+    train: Collection[str], test: Collection[str], first: list[Any], *, steps: int, seed: int = 0
+) -> dict[str, float]:
+    """Train a small network on some of the sample images, test it on others.
+
+    Args:
+        train: Paths of the images to train on.
+        test: Paths of the images to test on.
+        first: Transforms that see a training image as it is in the file, before the usual ones.
+        steps: Optimiser steps.
+        seed: Seed of weights, order and augmentation.
+
+    Returns:
+        ``accuracy`` on the test images, ``loss`` (mean over the last tenth of the steps) and ``seconds``.
+    """
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    torch.manual_seed(seed)
+    usual = [v2.RandomHorizontalFlip(), v2.RandomCrop(32, padding=4, padding_mode="reflect")]
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    data = ImageFolder(str(SAMPLES), v2.Compose([*first, *usual, *to_tensor]), is_valid_file=train.__contains__)
+    loader = DataLoader(data, _BATCH, sampler=RandomSampler(data, replacement=True, num_samples=steps * _BATCH))
+    layers: list[nn.Module] = []
+    for before, after in ((3, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(data.classes)))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.1, total_steps=steps)
+    losses = []
+    start = time.perf_counter()
+    for images, labels in loader:
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    seconds = time.perf_counter() - start
+    last = losses[-max(1, steps // 10) :]
+    model.eval()
+    held_out = ImageFolder(str(SAMPLES), v2.Compose(to_tensor), is_valid_file=test.__contains__)
+    with torch.inference_mode():
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in DataLoader(held_out, _BATCH))
+    return {"accuracy": right / len(held_out), "loss": sum(last) / len(last), "seconds": seconds}

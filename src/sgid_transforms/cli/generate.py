@@ -1,21 +1,101 @@
-"""``sgid generate``: variants of a folder's images."""
+"""``sgid caption`` and ``sgid generate``: captions and variants of a folder's images."""
 
-from contextlib import closing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sgid_transforms.cli import codes, options
-from sgid_transforms.cli.notes import tiny_note, turned_note
-from sgid_transforms.cli.output import duration, list_skipped, note, say, say_json, size, table
-from sgid_transforms.cli.stopping import stoppable
+from sgid_transforms.cli import options
+from sgid_transforms.cli.output import (
+    INTERRUPTED,
+    PARTIAL,
+    duration,
+    list_skipped,
+    note,
+    say,
+    say_json,
+    size,
+    table,
+    tiny_note,
+    turned_note,
+)
 
 if TYPE_CHECKING:
     from sgid_transforms.bulk import Estimate, GenerateReport
 
 
-def command(
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Within it, SIGINT and SIGTERM (which batch systems send before they kill) ask to stop; a second Ctrl-C stops at once.
+
+    Yields:
+        A function that says whether the user asked.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        with suppress(OSError):  # no print: the signal may have come in the middle of another one
+            os.write(2, b"\nstopping after the batch in work; Ctrl-C again stops at once\n")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def caption(
+    data: options.Data,
+    captions: options.Captions = Path("captions.sqlite"),
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    captioner: options.Captioner = "auto",
+    scorer: options.Scorer = "auto",
+    class_names: options.ClassNames = None,
+    device: options.Device = "auto",
+    batch_size: options.BatchSize = 32,
+    json: options.Json = False,
+) -> int:
+    """Caption the images of DATA, once.
+
+    It also measures how well label and caption describe each image, and leaves alone what is known. `sgid generate` does
+    all this first.
+    """
+    from sgid_transforms.bulk import caption_folder, scan_folder
+    from sgid_transforms.captions.store import CaptionStore
+
+    wanted = options.recipe_from(recipe, model)
+    models = options.models_from(device, batch_size, captioner, scorer)
+    scan = scan_folder(data, options.class_names_from(class_names), progress=not json)
+    if models.captioner_for(wanted) == "tiny":
+        note(tiny_note((image.file.label for image in scan.images), (image.size for image in scan.images)))
+    with closing(CaptionStore(captions)) as store, stoppable() as stop:
+        done = caption_folder(scan, wanted, store, models, progress=not json, stop=stop)
+    note(turned_note(done.turned))
+    if json:
+        say_json({"store": captions, "report": done})
+    else:
+        table(
+            [
+                ("images", f"{done.images} in {len(scan.classes)} classes ({done.duplicates} duplicates)"),
+                ("captions", f"{done.captioned} written now, {done.images - done.captioned} there already"),
+                ("store", str(captions)),
+            ]
+        )
+        list_skipped("left out", done.skipped, data)
+    return INTERRUPTED if done.stopped else PARTIAL if done.skipped else 0
+
+
+def generate(
     data: options.Data,
     count: Annotated[int, typer.Option("-k", "--variants-per-image", min=1, metavar="K", help="Variants per image.")] = 4,
     variants: options.Variants = Path("variants"),
@@ -31,11 +111,11 @@ def command(
     device: options.Device = "auto",
     batch_size: options.BatchSize = 32,
     json: options.Json = False,
-) -> None:
+) -> int:
     """Make K variants of every image of DATA.
 
-    Captions are written first where there are none. What is there is left alone: after Ctrl-C, a crash, or with new
-    images, call it again.
+    It first writes missing captions, and leaves alone what is there. After Ctrl-C, a crash, or with new images, run it
+    again.
     """
     from sgid_transforms.bulk import estimate_folder, generate_folder, scan_folder
     from sgid_transforms.captions.store import CaptionStore
@@ -43,14 +123,11 @@ def command(
 
     wanted = options.recipe_from(recipe, model)
     share = options.shard_from(shard)
-    names = options.class_names_from(class_names)
     models = options.models_from(device, batch_size, captioner, scorer)
     store = VariantStore(variants)
-    scan = scan_folder(data, names, progress=not json)
+    scan = scan_folder(data, options.class_names_from(class_names), progress=not json)
     if wanted.model == "tiny":
-        about = tiny_note((image.file.label for image in scan.images), (image.size for image in scan.images))
-        if about:
-            note(about)
+        note(tiny_note((image.file.label for image in scan.images), (image.size for image in scan.images)))
     if dry_run:
         with closing(CaptionStore(captions)) as texts:
             estimate = estimate_folder(scan, wanted, texts, store, count=count, shard=share, models=models)
@@ -58,24 +135,20 @@ def command(
             say_json({"report": estimate, "seconds": estimate.seconds, "bytes": estimate.bytes})
         else:
             _say_estimate(estimate, data)
-        raise typer.Exit(codes.PARTIAL if estimate.skipped or estimate.bytes > estimate.free_bytes else 0)
-    variants.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is better known before the work than after it
+        return PARTIAL if estimate.skipped or estimate.bytes > estimate.free_bytes else 0
+    variants.mkdir(parents=True, exist_ok=True)  # fails before the work rather than after it
     if retry_filtered:
         store.forget_failures(wanted)
     with closing(CaptionStore(captions)) as texts, stoppable() as stop:
         done = generate_folder(
             scan, wanted, texts, store, count=count, shard=share, models=models, progress=not json, stop=stop
         )
-    if turned := turned_note(done.captions.turned):
-        note(turned)
+    note(turned_note(done.captions.turned))
     if json:
         say_json({"recipe": wanted.fingerprint, "store": variants, "report": done})
     else:
         _say_report(done, len(scan.classes), variants, data)
-    if done.stopped:
-        raise typer.Exit(codes.INTERRUPTED)
-    if done.captions.skipped or done.failed:
-        raise typer.Exit(codes.PARTIAL)
+    return INTERRUPTED if done.stopped else PARTIAL if done.captions.skipped or done.failed else 0
 
 
 def _say_report(done: "GenerateReport", classes: int, variants: Path, data: Path) -> None:

@@ -5,15 +5,16 @@ from typing import Annotated
 
 import typer
 
-from sgid_transforms.cli import codes, options
-from sgid_transforms.cli.notes import tiny_note
-from sgid_transforms.cli.output import bar, fail, note, say
+from sgid_transforms.cli import options
+from sgid_transforms.cli.output import PARTIAL, bar, fail, note, say, tiny_note
 
 
-def command(
+def preview(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
     label: Annotated[str, typer.Option(metavar="NAME", help="Its class in words.")],
-    caption: Annotated[str | None, typer.Option(metavar="TEXT", help="What it shows; by default the captioner says.")] = None,
+    caption: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What it shows; by default, the captioner writes it.")
+    ] = None,
     strengths: Annotated[str, typer.Option(metavar="LIST", help="Columns of the sheet.")] = "0.2,0.4,0.6,0.8",
     guidances: Annotated[str | None, typer.Option(metavar="LIST", help="Rows; by default around the recipe's.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the sheet goes.")] = Path("preview.png"),
@@ -23,12 +24,13 @@ def command(
     captioner: options.Captioner = "auto",
     device: options.Device = "auto",
     batch_size: options.BatchSize = 8,
-) -> None:
+) -> int:
     """Draw variants of one IMAGE over strengths and guidances.
 
     The contact sheet shows what the recipe's two main settings do, to choose them by.
     """
-    from sgid_transforms.building.factory import Describer, load_generator
+    from sgid_transforms.building.builder import load_generator
+    from sgid_transforms.captions.prepare import Describer
     from sgid_transforms.errors import ImageError
     from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
     from sgid_transforms.images.keys import to_uint8_chw
@@ -46,14 +48,14 @@ def command(
     for guidance in rows:
         wanted.replace(guidance=guidance)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise typer.BadParameter(f"{out} has no ending of an image; name it, for instance, preview.png", param_hint="--out")
+        raise typer.BadParameter(f"{out} does not end as an image file; name it, for instance, preview.png", param_hint="--out")
     words = clean_label(label)
     try:
         original = to_uint8_chw(load_image(image))
     except ImageError as error:
         fail(f"{image}: {error}")
-    if wanted.model == "tiny" and (about := tiny_note([words], [(original.shape[1], original.shape[2])])):
-        note(about)
+    if wanted.model == "tiny":
+        note(tiny_note([words], [(original.shape[1], original.shape[2])]))
     if caption is None:
         caption = Describer(wanted.prompt, models.captioner_for(wanted), None, models.device).caption([original])[0]
     generate = load_generator(wanted, models.device, batch_size=batch_size)
@@ -84,7 +86,7 @@ def command(
     missing = [f"{result.reason}" for result in results if result.image is None]
     if missing:
         say(f"{len(missing)} of {len(results)} cells are empty: {', '.join(sorted(set(missing)))}")
-        raise typer.Exit(codes.PARTIAL)
+    return PARTIAL if missing else 0
 
 
 def _numbers(text: str, option: str) -> list[float]:
@@ -94,7 +96,9 @@ def _numbers(text: str, option: str) -> list[float]:
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= 16:
-        raise typer.BadParameter(f"{text!r} is no list of 1 to 16 numbers; write them with commas: 0.3,0.6", param_hint=option)
+        raise typer.BadParameter(
+            f"{text!r} is not a list of 1 to 16 numbers; write them with commas: 0.3,0.6", param_hint=option
+        )
     return numbers
 
 

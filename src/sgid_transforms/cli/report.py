@@ -1,5 +1,6 @@
 """``sgid report``: one HTML page about what is in the stores."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from sgid_transforms.cli import options
 from sgid_transforms.cli.output import bar, fail, say, say_json
 
 
-def command(
+def report(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the page goes.")] = Path("report.html"),
     variants: options.Variants = Path("variants"),
     captions: options.Captions = Path("captions.sqlite"),
@@ -23,20 +24,18 @@ def command(
 ) -> None:
     """Write one HTML page about the variants of a recipe.
 
-    Originals beside their variants, label consistency and diversity by class, rejects by reason. The page is one file that
-    loads nothing from anywhere. `--scorer none` leaves out what CLIP measures.
+    It shows originals beside their variants, label consistency and diversity by class, and rejects by reason. The page is
+    one file that loads nothing from anywhere. `--scorer none` leaves out what CLIP measures.
     """
     from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.errors import ImageError
     from sgid_transforms.images.reading import load_image
     from sgid_transforms.models.clip import CLIPScorer
     from sgid_transforms.report.html import write_report
-    from sgid_transforms.variants.store import VariantStore
 
     wanted = options.recipe_from(recipe, model)
     models = options.models_from(device, 32, scorer=scorer)
-    if not variants.is_dir():
-        fail(f"there is no variant store at {variants}; give its folder with --variants, or run sgid generate first")
+    store = options.variant_store(variants)
     if not captions.exists():
         fail(f"there is no caption store {captions}; give its file with --captions, or run sgid generate first")
     chosen = models.scorer_for(wanted)
@@ -47,19 +46,18 @@ def command(
         except ImageError:
             return None
 
-    store = CaptionStore(captions, readonly=True)
-    facts = write_report(
-        out,
-        store,
-        VariantStore(variants, readonly=True),
-        wanted,
-        originals=original,
-        scorer=None if chosen == "none" else CLIPScorer(chosen, models.device),
-        title=title,
-        max_images=max_images,
-        progress=bar("measuring", "img", json),
-    )
-    store.close()
+    with closing(CaptionStore(captions, readonly=True)) as texts:
+        facts = write_report(
+            out,
+            texts,
+            store,
+            wanted,
+            originals=original,
+            scorer=None if chosen == "none" else CLIPScorer(chosen, models.device),
+            title=title,
+            max_images=max_images,
+            progress=bar("measuring", "img", json),
+        )
     if json:
         say_json({"report": out, "figures": facts.to_dict()})
     else:

@@ -1,0 +1,127 @@
+"""``sgid export``, ``sgid verify`` and ``sgid prune``: work on a store that is there."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sgid_transforms.cli import options
+from sgid_transforms.cli.output import PARTIAL, bar, fail, list_skipped, say, say_json, size, table
+from sgid_transforms.errors import StoreError
+from sgid_transforms.files import show
+
+
+def export(
+    data: options.Data,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new, empty, or of an earlier export.")],
+    variants: options.Variants = Path("variants"),
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    originals: Annotated[bool, typer.Option("--originals", help="Copy the original images as well.")] = False,
+    class_names: options.ClassNames = None,
+    json: options.Json = False,
+) -> int:
+    """Write variants as an ordinary folder of class folders.
+
+    OUT gets class folders named as DATA's, and a metadata.jsonl: torchvision's ImageFolder and Hugging Face's imagefolder
+    both read it. Files are copied as they are.
+    """
+    from sgid_transforms.bulk import scan_folder
+    from sgid_transforms.bulk.export import export_folder
+    from sgid_transforms.variants.store import VariantStore
+
+    wanted = options.recipe_from(recipe, model)
+    scan = scan_folder(data, options.class_names_from(class_names), progress=not json)
+    store = VariantStore(variants, readonly=True)
+    done = export_folder(scan, wanted, store, out, originals=originals, progress=bar("copying", "img", json))
+    if json:
+        say_json({"out": out, "report": done})
+    else:
+        table(
+            [
+                ("variants", f"{done.variants} of {done.images_with_variants} images"),
+                ("originals", f"{done.originals} copied"),
+                ("folder", str(out)),
+            ]
+        )
+        list_skipped("left out", done.skipped, data)
+    return PARTIAL if done.skipped else 0
+
+
+def verify(
+    variants: options.Store = Path("variants"),
+    repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to DIR/quarantine.")] = False,
+    json: options.Json = False,
+) -> int:
+    """Check every file of a variant store.
+
+    Each is read, decoded, and compared with its digest. After --repair, `sgid generate` makes what was damaged again.
+    """
+    store = options.variant_store(variants, readonly=not repair)
+    try:
+        report = store.verify(repair=repair, progress=bar("checking", "file", json))
+    except StoreError as error:
+        fail(f"could not repair {variants}: {error}" if repair else str(error))
+    found = [("damaged", path) for path in report.damaged] + [("foreign", path) for path in report.foreign]
+    if repair and any(os.path.lexists(path) for _, path in found):
+        again = options.variant_store(variants).verify()  # a training may have made a damaged variant anew meanwhile
+        if left := len(again.damaged) + len(again.foreign):
+            fail(f"could not repair {variants}: {left} files could not be moved; check that the folder can be written")
+    if json:
+        say_json({"store": variants, "ok": report.ok, "report": report})
+    else:
+        say(f"{report.checked} files checked, {len(report.damaged)} damaged, {len(report.foreign)} foreign")
+        for kind, path in found:
+            say(f"  {kind}: {show(path)}")
+        if repair and report.repaired:
+            say(f"{report.repaired} moved to {variants / 'quarantine'}")
+        elif found:
+            say("run `sgid verify --repair` to move them aside, then `sgid generate` to make them again")
+    return PARTIAL if len(found) > report.repaired else 0
+
+
+def prune(
+    keep: Annotated[
+        list[str], typer.Option(metavar="RECIPE", help="To keep: a recipe file, a model, or a fingerprint. Repeatable.")
+    ],
+    variants: options.Store = Path("variants"),
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it, only list them.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Remove the variants of recipes that you no longer use.
+
+    It removes only files that a store writes.
+    """
+    store = options.variant_store(variants, readonly=not yes)
+    stats = store.stats()
+    there = sorted({*stats.variants, *stats.failures})
+    kept = {_fingerprint(name, there) for name in keep}
+    removed = {name: stats.variants.get(name, 0) for name in there if name not in kept}
+    freed = sum(stats.bytes.get(name, 0) for name in removed)
+    if yes and removed:
+        store.prune(kept, progress=bar("removing", "file", json))
+    if json:
+        say_json({"store": variants, "kept": sorted(kept), "removed": removed, "bytes": freed, "done": yes})
+        return
+    for name in there:
+        verdict = "kept" if name in kept else "removed" if yes else "would be removed"
+        say(f"{name}  {stats.variants.get(name, 0)} variants, {size(stats.bytes.get(name, 0))}: {verdict}")
+    if removed and not yes:
+        say(f"nothing was removed; add --yes to free {size(freed)}")
+
+
+def _fingerprint(name: str, there: Collection[str]) -> str:
+    """The fingerprint that a user means, which must be in the store: a slip would remove everything."""
+    from sgid_transforms.recipe.recipe import Recipe
+
+    if name in there:
+        return name
+    recipe = Recipe.from_toml(name) if name.endswith(".toml") else Recipe.for_model(name)
+    if recipe.fingerprint not in there:
+        fail(
+            f"--keep {name}: the store has no variants of it (fingerprint {recipe.fingerprint}); "
+            f"it has {', '.join(there) or 'none at all'}"
+        )
+    return recipe.fingerprint
