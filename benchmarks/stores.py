@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from sgid_transforms.captions import CaptionRecord, CaptionStore
-from sgid_transforms.variants import IMAGE_FORMATS, Provenance, VariantStore, codec, container
+from sgid_transforms.variants import IMAGE_FORMATS, Provenance, VariantStore, codec, layout
 
 SIZES = (32, 224, 512)
 PROVENANCE = Provenance(
@@ -173,7 +173,7 @@ def _variants(root: Path, count: int) -> VariantStore:
     for key in sorted(_keys(count)):
         name = f"01auto/{key[:2]}/{key}-0"
         descriptor = os.open(f"{root}/{name}.png", os.O_WRONLY | os.O_CREAT)
-        os.write(descriptor, container.pack(encoded, provenance, name))
+        os.write(descriptor, layout.pack(encoded, provenance, name))
         os.close(descriptor)
     print(f"made {count:,} variants in {time.perf_counter() - start:.1f} s", flush=True)
     return store

@@ -10,12 +10,12 @@ import torch
 from tqdm import tqdm
 
 from sgid_transforms import CaptionStore, Recipe, SGIDAugment, VariantStore
-from sgid_transforms.building.builder import VariantJob
-from sgid_transforms.building.factory import MakerSpec
+from sgid_transforms.building.address import Address
+from sgid_transforms.building.builder import BuilderSpec
+from sgid_transforms.building.wanted import Status, Wanted
+from sgid_transforms.generation.requests import pull_from
 
 from .data import Labelled
-
-_CHUNK = 128  # variants that are handed over at once: several batches, so that the engine can fill them
 
 
 @dataclass(frozen=True)
@@ -77,41 +77,35 @@ class Subset:
         """
         sgid = self.augment(recipe, p=1.0, k=k)
         sgid.prepare(self.images, progress=progress)
-        jobs: list[VariantJob] = []
+        address = Address(recipe)
+        wanted: list[Wanted] = []
         rejected = 0
         for index in range(len(self.images)):
             image, label = self.images[index]
             key = sgid.key_of(image)
+            record = self.captions.get(key)
+            place = None if record is None else address.key(record)
             for number in range(k):
-                if self.variants.contains(recipe, key, number):
+                if place is not None and self.variants.contains(recipe, place, number):
                     continue
-                if self.variants.failure(recipe, key, number) is not None:
+                if place is not None and self.variants.failure(recipe, place, number) is not None:
                     rejected += 1
                     continue
-                jobs.append(VariantJob(key, number, image, self.images.classes[label], None))
-        rejected += self._run(sgid, jobs, progress)
+                wanted.append(Wanted(key, number, image, self.images.classes[label]))
+        rejected += self._run(sgid, wanted, progress)
         return Made(len(self.images) * k, rejected)
 
-    def _run(self, sgid: SGIDAugment, jobs: Sequence[VariantJob], progress: bool) -> int:
-        if not jobs:
+    def _run(self, sgid: SGIDAugment, wanted: Sequence[Wanted], progress: bool) -> int:
+        if not wanted:
             return 0
-        clip = sgid.scorer if isinstance(sgid.scorer, str) else None
         options = {} if self.dtype is None else {"dtype": self.dtype}
-        spec = MakerSpec(sgid.recipe, self.variants, self.captions, device=self.device, clip=clip, options=options)
-        maker = spec.build()
+        spec = BuilderSpec(sgid.recipe, self.variants, self.captions, device=self.device, scorer=sgid.scorer, options=options)
         rejected = 0
-        with tqdm(total=len(jobs), desc="variants", unit="img", disable=not progress) as bar:
-            for start in range(0, len(jobs), _CHUNK):
-                chunk = jobs[start : start + _CHUNK]
-                records = self.captions.get_many([job.key for job in chunk])
-                full = []
-                for job in chunk:
-                    record = records[job.key]
-                    scores = (record.similarity, record.rank)
-                    full.append(VariantJob(job.key, job.variant, job.image, job.label, record.caption, *scores))
-                for job, outcome in zip(full, maker(full), strict=True):
-                    if outcome.error is not None or (outcome.reason or "").startswith("error"):
-                        raise RuntimeError(f"variant {job.variant} of {job.key}: {outcome.error or outcome.reason}")
-                    rejected += outcome.image is None
-                bar.update(len(chunk))
+        with tqdm(total=len(wanted), desc="variants", unit="img", disable=not progress) as bar:
+            for group in spec.build().stream(pull_from(wanted)):
+                for one, outcome in group:
+                    if outcome.status is Status.FAILED:
+                        raise RuntimeError(f"variant {one.variant} of {one.key}: {outcome.reason}")
+                    rejected += outcome.status is Status.FILTERED
+                bar.update(len(group))
         return rejected

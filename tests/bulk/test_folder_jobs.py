@@ -1,11 +1,12 @@
 import dataclasses
 
 import pytest
+
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from job_fakes import FakeCaptioner, FakeGenerator, FakeScorer, fake_models
-
+from sgid_transforms.building.builder import Builder
 from sgid_transforms.bulk import Models, Shard, caption_folder, estimate_folder, generate_folder, scan_folder
-from sgid_transforms.bulk.plan import chunks
+from sgid_transforms.bulk.generating import Work
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import RecipeError, StoreError
@@ -54,7 +55,7 @@ def test_every_valid_image_gets_its_variants_and_the_rest_is_reported(tmp_path, 
 
 def test_variants_have_the_upright_size_of_their_original(tmp_path, stores):
     generate(own_folder(tmp_path / "data"), stores, count=1)
-    sizes = sorted(tuple(stores.variants.get_image(RECIPE, key, 0).shape[1:]) for key in stores.records())
+    sizes = sorted(tuple(stores.variants.get_image(RECIPE, ref.key, 0).shape[1:]) for ref in stores.variants.iter(RECIPE))
     images = scan_folder(tmp_path / "data").images
     assert sizes == sorted(image.size for image in images)
     assert (90, 60) in sizes
@@ -67,7 +68,11 @@ def test_a_second_run_loads_no_model_and_makes_nothing(tmp_path, stores):
     def explode(recipe, device, **options):
         raise AssertionError("a model was loaded")
 
-    idle = Models(captioner=None, scorer=FakeScorer(), generator=explode)
+    class Exploding(FakeCaptioner):
+        def caption(self, images):
+            raise AssertionError("a model was asked")
+
+    idle = Models(captioner=Exploding(), scorer=FakeScorer(), generator=explode)
     done = generate(folder, stores, idle, count=2)
     assert (done.generated, done.present, done.captions.captioned) == (0, 20, 0)
 
@@ -227,11 +232,20 @@ def test_the_model_decides_on_captioner_and_scorer_unless_the_user_does():
     assert Models(captioner="mine").captioner_for(real) == "mine"
 
 
-def test_large_originals_come_in_smaller_chunks(tmp_path):
-    scan = scan_folder(plain_folder(tmp_path, 3))
-    large = [dataclasses.replace(image, size=(4096, 4096)) for image in scan.images]
-    assert [len(chunk) for chunk in chunks([(image, 0) for image in large], 4)] == [2, 2, 2]
-    assert [len(chunk) for chunk in chunks([(image, 0) for image in scan.images], 4)] == [4, 2]
+def test_few_large_originals_are_held_at_once(tmp_path, stores):
+    scan = scan_folder(plain_folder(tmp_path / "data", 3))
+    caption_folder(scan, RECIPE, stores.captions, fake_models())
+    sizes = []
+
+    class Noting(FakeGenerator):
+        def __call__(self, requests):
+            sizes.append(len(requests))
+            return super().__call__(requests)
+
+    large = [(dataclasses.replace(image, size=(4096, 4096)), 0) for image in scan.images]
+    work = Work(large)
+    work.run(Builder(RECIPE, Noting(), stores.variants, stores.captions, batch_size=4))
+    assert (sizes, work.generated) == ([2, 2, 2], 6)
 
 
 def test_a_variant_follows_from_its_own_name_alone(tmp_path, stores):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.transforms.augment import SGIDAugment
@@ -211,7 +211,9 @@ def test_empty_data_set(sgid: SGIDAugment) -> None:
     assert sgid.prepare([], progress=False).images == 0
 
 
-def test_ranks_of_one_job_prepare_once(sgid: SGIDAugment, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_one_job_prepare_each_data_set_once(
+    sgid: SGIDAugment, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     reports = []
     data = ImageFolder(folder)
@@ -222,16 +224,5 @@ def test_ranks_of_one_job_prepare_once(sgid: SGIDAugment, folder: Path, monkeypa
         thread.join()
     assert sorted(report.captioned for report in reports) == [0, 12]
     assert sgid.captioner.seen == 12
-    assert sgid.prepare(_FirstOnly(12), progress=False).known == 12  # the second rank does not even read the images
-
-
-class _FirstOnly:
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        assert index == 0
-        return pil_picture(0), "cat"
+    other = image_folder(tmp_path / "other", size=24)  # as many images, but other ones
+    assert sgid.prepare(ImageFolder(other), progress=False).captioned == 12

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from sgid_transforms.cli import app, codes
+from sgid_transforms.cli import output as codes
+from sgid_transforms.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from image_folders import own_folder
 from job_fakes import fake_models
-
 from sgid_transforms.bulk import generate_folder, scan_folder
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.recipe.recipe import Recipe

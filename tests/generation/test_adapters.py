@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_families
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_families import FAMILIES
 from torchvision.transforms.v2.functional import to_pil_image
 
+import tiny_families
 from sgid_transforms.errors import GenerationError, ModelLoadError, RecipeError
 from sgid_transforms.generation.adapters import (
     CallTraits,
@@ -27,6 +26,7 @@ from sgid_transforms.generation.adapters import (
     size_multiple,
 )
 from sgid_transforms.generation.requests import Engine, GenerationRequest, RejectedImageError
+from tiny_families import FAMILIES
 
 # Options that only the miniature needs: short priors, the few layers of its text encoder, no detour over a megapixel.
 TINY_OPTIONS: dict[str, dict[str, Any]] = {

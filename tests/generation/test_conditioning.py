@@ -2,11 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import lcm, sd1, sdxl
 
 from sgid_transforms.errors import GenerationError
 from sgid_transforms.generation.batching import BatchLimit
 from sgid_transforms.generation.conditioning import PromptEmbedding, PromptEncoder, guidance_embedding, time_ids
+from tiny_models import lcm, sd1, sdxl
 
 
 def ask(encoder: PromptEncoder, *texts: str, negative: bool = False) -> list[Any]:

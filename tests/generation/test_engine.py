@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SIZE, image, lcm, request, sd1, sdxl, tiny
 
 from sgid_transforms.errors import GenerationError, ModelLoadError, RecipeError
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.requests import Engine, GenerationRequest, RejectedImageError
 from sgid_transforms.generation.support import Formats, memory_formats
+from tiny_models import SIZE, image, lcm, request, sd1, sdxl, tiny
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_models import NATIVE, SD_BETAS, request, sd1, sdxl, unet
 
 from sgid_transforms.generation import engine as engine_module
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.requests import GenerationRequest
+from tiny_models import NATIVE, SD_BETAS, request, sd1, sdxl, unet
 
 # of diffusers' schedulers, under NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

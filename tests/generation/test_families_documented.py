@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_families import FAMILIES
-from tiny_models import NATIVE
 
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.models.checkpoints import UNSUPPORTED_FAMILIES, image_to_image_family
+from tiny_families import FAMILIES
+from tiny_models import NATIVE
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 NATIVE_FAMILIES = {"stable-diffusion": "sd1", "stable-diffusion-xl": "sdxl", "lcm": "lcm"}

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-import tiny_text
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny_models
+import tiny_text
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.filters import (
     REASONS,

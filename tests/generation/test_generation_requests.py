@@ -1,10 +1,9 @@
 import pytest
-import tiny_text
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import request
 
+import tiny_text
 from sgid_transforms.errors import GenerationError
 from sgid_transforms.generation.requests import (
     GenerationResult,
@@ -13,6 +12,7 @@ from sgid_transforms.generation.requests import (
     check_text,
     steps_to_run,
 )
+from tiny_models import request
 
 
 def test_zero_steps_says_how_many_are_needed() -> None:

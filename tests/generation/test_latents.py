@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import image, kl_vae, tiny_vae
 
 from sgid_transforms.generation.latents import LatentCache, LatentCodec
+from tiny_models import image, kl_vae, tiny_vae
 
 
 def pixels(*seeds: int) -> torch.Tensor:

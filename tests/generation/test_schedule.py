@@ -3,10 +3,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_models import SD_BETAS
 
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.schedule import SAMPLERS, Schedule, Step, resolve_sampler
+from tiny_models import SD_BETAS
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import image
 
 from sgid_transforms.errors import RecipeError
 from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
+from tiny_models import image
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([(32, 8), (512, 64), (1024, 32)]))

@@ -53,7 +53,10 @@ class FakeGenerator:
             noise = torch.Generator().manual_seed(request.seed % 2**31 + round(1000 * request.guidance_scale))
             image = torch.randint(0, 256, tuple(request.image.shape), dtype=torch.uint8, generator=noise)
             given = (request.seed, request.strength)
-            results.append(GenerationResult(None, reason, *given) if reason else GenerationResult(image, None, *given))
+            failed = bool(reason and reason.startswith("error"))
+            results.append(
+                GenerationResult(None, reason, *given, failed=failed) if reason else GenerationResult(image, None, *given)
+            )
         self.tell("batch")
         return results
 

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from sgid_transforms.building.address import Address
 from sgid_transforms.captions import CaptionRecord, CaptionStore
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.recipe.recipe import Recipe
@@ -56,13 +57,14 @@ def make_stores(
             Image.fromarray(original.permute(1, 2, 0).contiguous().numpy()).save(path)
             key = image_key(original)
             text = caption.format(label)
-            captions.put(CaptionRecord(key, text, label, similarity=0.3, path=f"{label}/{number}.png"))
+            record = CaptionRecord(key, text, label, similarity=0.3, rank=0.5, path=f"{label}/{number}.png")
+            captions.put(record)
+            place = Address(recipe).key(record)
             for variant, strength in enumerate(strengths):
                 origin = Provenance(
                     f"a photo of a {label}, {text}", strength=strength, guidance_scale=4.0, label=label, caption=text
                 )
-                variants.put(recipe, key, variant, near(label, number, strength), origin)
+                variants.put(recipe, place, variant, near(label, number, strength), origin)
             if number == 0:
-                variants.put_failure(recipe, key, len(strengths), ("label", "label", "nan"))
-    captions.set_ranks()
+                variants.put_failure(recipe, place, len(strengths), ("label", "label", "nan"))
     return captions, variants, recipe

@@ -1,57 +1,65 @@
-"""Handlers for service processes in tests; the module imports nothing heavy, so that a process starts quickly."""
+"""Builders for service processes in tests; they need no model, so that a process starts quickly."""
 
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from sgid_transforms.service.protocol import Item
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 
 
-class FakeHandler:
-    """Reverses payloads, notes every batch in a file, and misbehaves where an item's name asks for it.
+def wish(key: str, value: int = 0, variant: int = 0, size: int = 4) -> Wanted:
+    """A wanted variant of an image of one colour."""
+    import torch
+
+    return Wanted(key, variant, torch.full((3, size, size), value, dtype=torch.uint8))
+
+
+class FakeBuilder:
+    """Answers with inverted pixels, notes every batch in a file, and misbehaves where a key asks for it.
 
     - ``slow...``: takes until the file ``release`` appears in the folder
     - ``fail...``: raises
     - ``die...``: kills its process
     """
 
-    def __init__(self, folder: str | None, seconds: float) -> None:
-        self.folder, self.seconds = folder, seconds
+    def __init__(self, folder: str | None, seconds: float, room: int) -> None:
+        self.folder, self.seconds, self.room = folder, seconds, room
 
-    def __call__(self, items: Sequence[Item]) -> list[Item]:
-        if self.folder is not None:
-            with open(Path(self.folder, "batches"), "a") as log:
-                log.write(" ".join(item.ident for item in items) + "\n")
-        time.sleep(self.seconds)
-        for item in items:
-            if item.ident.startswith("slow"):
-                while not Path(str(self.folder), "release").exists():
-                    time.sleep(0.01)
-            if item.ident.startswith("fail"):
-                raise ValueError(f"cannot do {item.ident}")
-            if item.ident.startswith("die"):
-                os.kill(os.getpid(), signal.SIGKILL)
-        return [Item(item.ident, {"pid": os.getpid()}, bytes(item.payload)[::-1]) for item in items]
-
-
-def _make(folder: str | None, seconds: float) -> FakeHandler:
-    return FakeHandler(folder, seconds)
+    def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]:
+        while batch := pull(self.room):
+            if self.folder is not None:
+                with open(Path(self.folder, "batches"), "a") as log:
+                    log.write(" ".join(one.key for one in batch) + "\n")
+            time.sleep(self.seconds)
+            for one in batch:
+                if one.key.startswith("slow"):
+                    while not Path(str(self.folder), "release").exists():
+                        time.sleep(0.01)
+                if one.key.startswith("fail"):
+                    raise ValueError(f"cannot do {one.key}")
+                if one.key.startswith("die"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield [(one, Outcome(Status.STORED, str(os.getpid()), 255 - one.image)) for one in batch]
 
 
-def _refuse(message: str) -> FakeHandler:
+def _make(folder: str | None, seconds: float, room: int) -> FakeBuilder:
+    return FakeBuilder(folder, seconds, room)
+
+
+def _refuse(message: str) -> FakeBuilder:
     from sgid_transforms.errors import ModelLoadError
 
     raise ModelLoadError(message)
 
 
-def fake_factory(folder: object = None, seconds: float = 0.0) -> "partial[FakeHandler]":
-    return partial(_make, None if folder is None else str(folder), seconds)
+def fake_factory(folder: object = None, seconds: float = 0.0, room: int = 16) -> "partial[FakeBuilder]":
+    return partial(_make, None if folder is None else str(folder), seconds, room)
 
 
-def refusing_factory(message: str) -> "partial[FakeHandler]":
+def refusing_factory(message: str) -> "partial[FakeBuilder]":
     return partial(_refuse, message)
 
 

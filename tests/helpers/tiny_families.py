@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import tiny_text as text
 import torch
+
+import tiny_text as text
 from tiny_text import WIDTH
 
 

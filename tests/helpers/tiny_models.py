@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tiny_text as text
 import torch
-from tiny_text import WIDTH
 
+import tiny_text as text
 from sgid_transforms.generation.requests import GenerationRequest
+from tiny_text import WIDTH
 
 SIZE = 32
 

@@ -1,9 +1,9 @@
 import os
 
 import pytest
-from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from torchvision.datasets import ImageFolder
 
+from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from sgid_transforms.errors import FolderError, RecipeError
 from sgid_transforms.images.folders import list_folder, scan_files, show
 from sgid_transforms.images.keys import image_key

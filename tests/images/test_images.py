@@ -2,9 +2,9 @@ import os
 
 import numpy as np
 import pytest
-from image_folders import picture
 from PIL import Image
 
+from image_folders import picture
 from sgid_transforms.errors import ImageError
 from sgid_transforms.images import reading as images
 from sgid_transforms.images.keys import image_key

@@ -8,10 +8,10 @@ import types
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from torch.nn import functional as F
 
+import tiny_models
 from sgid_transforms.errors import GenerationError
 from sgid_transforms.models import attention
 from sgid_transforms.models.attention import apply_attention, probe_xformers

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_families
-import tiny_models
 import torch
 
+import tiny_families
+import tiny_models
 from sgid_transforms.errors import GenerationError, ModelLoadError
 from sgid_transforms.models import checkpoints, loading
 from sgid_transforms.models.checkpoints import check_unet

@@ -6,10 +6,10 @@ import pickle
 from pathlib import Path
 
 import pytest
-import tiny_text
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
+import tiny_text
 from sgid_transforms.errors import GenerationError, ModelLoadError
 from sgid_transforms.models.clip import CLIPScorer
 

@@ -55,6 +55,8 @@ OTHER: dict[type, dict[str, Any]] = {
         "seed": 8,
         "filters": Filters(),
         "image_format": "webp",
+        "lora": "org/lora",
+        "lora_scale": 0.5,
     },
     Filters: {
         "label_check": "threshold",
@@ -74,6 +76,8 @@ def _parts() -> list[tuple[type, str]]:
 
 def _changed(cls: type, name: str) -> Recipe:
     change = {name: OTHER[cls][name]}
+    if name == "lora_scale":  # it means nothing without a LoRA
+        change["lora"] = "org/lora"
     if cls is Recipe:
         return BASE.replace(**change)
     owner = "filters" if cls is Filters else "guidance"
@@ -263,9 +267,49 @@ class TestDefaultsFollowTheModel:
         recipe = Recipe(model="stabilityai/sd-turbo", guidance=2.0, num_inference_steps=9)
         assert (recipe.guidance, recipe.num_inference_steps, recipe.sampler) == (2.0, 9, "euler")
 
-    def test_a_copy_for_another_model_keeps_its_settings(self) -> None:
-        assert Recipe(strength=0.4).replace(model="org/model").num_inference_steps == Recipe().num_inference_steps
+    @pytest.mark.parametrize("model", ["stabilityai/sd-turbo", "stable-diffusion-v1-5/stable-diffusion-v1-5", "org/some-lcm"])
+    def test_every_spelling_is_one_recipe(self, model: str) -> None:
+        """`Recipe(model=m)` and the command line's `--model m` once had two fingerprints: what one made, the other missed."""
+        spellings = [Recipe(model=model), Recipe.for_model(model), Recipe().replace(model=model)]
+        spellings += [Recipe.preset(name) for name, preset in presets.PRESETS.items() if preset["model"] == model]
+        assert len({recipe.fingerprint for recipe in spellings}) == 1
+        assert len(set(spellings)) == 1
 
+    def test_a_presets_name_is_its_model(self) -> None:
+        assert Recipe(model="sd-turbo") == Recipe(model="stabilityai/sd-turbo")
+
+    def test_a_copy_for_another_model_keeps_what_was_chosen(self) -> None:
+        """`Recipe().replace(model=...)` once kept the bundled model's three steps."""
+        copy = Recipe(strength=0.4, seed=3).replace(model="org/model")
+        assert copy == Recipe(model="org/model", strength=0.4, seed=3)
+
+
+class TestLora:
+    def test_a_local_file_counts_by_its_content(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "a").mkdir()
+        first, second = tmp_path / "a" / "style.safetensors", tmp_path / "other-name.safetensors"
+        first.write_bytes(b"one")
+        second.write_bytes(b"one")
+        prints = {BASE.replace(lora=path).fingerprint for path in (first, first.parent, str(second))}
+        assert len(prints) == 1
+        second.write_bytes(b"two")
+        assert BASE.replace(lora=second).fingerprint not in prints
+
+    @pytest.mark.parametrize(
+        "lora", ["./missing.safetensors", "missing.safetensors", "/no/such/folder", "~/nothing", "no-owner"]
+    )
+    def test_one_that_is_not_there_is_refused_in_a_sentence(self, lora: str) -> None:
+        with pytest.raises(RecipeError, match=r"does not exist; give a \.safetensors file, a folder with one, or a hub id"):
+            _ = BASE.replace(lora=lora).fingerprint
+
+    def test_a_folder_with_two_files_is_refused(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "a.safetensors").touch()
+        (tmp_path / "b.safetensors").touch()
+        with pytest.raises(RecipeError, match=r"holds 2 \.safetensors files; give the path of one"):
+            _ = BASE.replace(lora=tmp_path).fingerprint
+
+
+class TestToml:
     def test_in_toml(self, tmp_path: pathlib.Path) -> None:
         (tmp_path / "recipe.toml").write_text('model = "stabilityai/sd-turbo"\n')
         assert Recipe.from_toml(tmp_path / "recipe.toml") == Recipe(model="stabilityai/sd-turbo")

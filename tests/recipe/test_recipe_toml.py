@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgid_transforms.errors import RecipeError
-from sgid_transforms.recipe import toml as _recipe_toml
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.recipe import IMAGE_FORMATS, SAMPLERS, Filters, Recipe
 
@@ -52,6 +51,8 @@ RECIPES = st.builds(
     seed=st.integers(0, 2**63 - 1),
     filters=FILTERS,
     image_format=st.sampled_from(IMAGE_FORMATS),
+    lora=st.none() | st.from_regex(r"[a-z]{1,9}/[a-z]{1,9}", fullmatch=True),
+    lora_scale=st.floats(-2, 2),
 )
 
 
@@ -63,11 +64,6 @@ def test_round_trip_of_any_recipe(tmp_path: pathlib.Path, recipe: Recipe) -> Non
     copy = Recipe.from_toml(path)
     assert copy == recipe
     assert copy.fingerprint == recipe.fingerprint
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_string_survives(value: str) -> None:
-    assert tomllib.loads(_recipe_toml.dumps({"key": value})) == {"key": value}
 
 
 def test_fields_that_may_be_none_have_none_as_default() -> None:
@@ -84,7 +80,7 @@ def test_is_readable(tmp_path: pathlib.Path) -> None:
     recipe.to_toml(path)
     lines = path.read_text().splitlines()
     assert lines[0] == 'model = "org/model"'
-    assert "strength = [0.3, 0.7]" in lines
+    assert tomllib.loads(path.read_text())["strength"] == [0.3, 0.7]
     at = lines.index("[guidance]")
     assert lines[at - 1 : at + 4] == ["", "[guidance]", "low = 3.0", "high = 8.0", "reverse = false"]
     assert not any(line.startswith("revision") for line in lines)
@@ -125,8 +121,10 @@ def test_left_out_fields_keep_defaults_or_the_preset(tmp_path: pathlib.Path) -> 
         ("seed = 1\nseed = 2", "is not valid TOML"),
         ("seed = 1979-05-27", "seed is .* must be a whole number"),
         (b"\xff\xfe", "is not valid TOML"),
+        ("seed = " + "9" * 5000, "is not valid TOML"),
+        ("a = " + "[" * 3000 + "]" * 3000, "is not valid TOML: it is nested too deeply"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_wrong_files_are_refused_in_a_sentence_with_their_path(
     tmp_path: pathlib.Path, content: str | bytes, message: str

@@ -7,7 +7,6 @@ import pytest
 def report(tmp_path_factory):
     """Path of a report over small stores, and its figures."""
     from report_fakes import ColourScorer, make_stores
-
     from sgid_transforms.report import write_report
 
     root = tmp_path_factory.mktemp("report")

@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
-from report_fakes import ColourScorer, make_stores, near
 
+from report_fakes import ColourScorer, make_stores, near
+from sgid_transforms.building.address import Address
 from sgid_transforms.captions import CaptionRecord
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.report import ImageFacts, ReportError, VariantFacts, write_report
 from sgid_transforms.report.html import choose, embed
+from sgid_transforms.variants import Provenance
 
 
 class Page(HTMLParser):
@@ -168,9 +170,10 @@ def test_text_that_is_no_text_is_shown_as_far_as_it_can_be(tmp_path):
     captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=1)
     key = image_key(near("red", 0, 0.0))
     captions.remove([key])
-    captions.put(
-        CaptionRecord(key, "nul \0 bell \a right-to-left \u202e " + "long " * 500, "red" * 200, path="bad\udcff\udc80/\x1b.png")
-    )
+    text = "nul \0 bell \a right-to-left \u202e " + "long " * 500
+    captions.put(CaptionRecord(key, text, "red" * 200, path="bad\udcff\udc80/\x1b.png"))
+    place = Address(recipe).key(captions.get(key))
+    variants.put(recipe, place, 0, near("red", 0, 0.1), Provenance(text, label="red" * 200, caption=text))
     write_report(tmp_path / "report.html", captions, variants, recipe, title="\ud800 title")
     html = read(tmp_path / "report.html")
     assert "nul \ufffd bell \ufffd" in html

@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from report_fakes import ColourScorer, make_stores, near, plain
 
+from report_fakes import ColourScorer, make_stores, near, plain
 from sgid_transforms.captions import CaptionRecord
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.report import survey
@@ -79,7 +79,7 @@ def test_an_original_that_cannot_be_read_is_missing_not_an_error(tmp_path, path)
     (tmp_path / "data" / "broken.png").write_bytes(b"not a picture")
     key = image_key(near("red", 0, 0.0))
     captions.remove([key])
-    captions.put(CaptionRecord(key, "text", "red", path=path))
+    captions.put(CaptionRecord(key, "a red field", "red", rank=0.5, path=path))
     facts = survey(captions, variants, recipe, originals=tmp_path / "data", scorer=ColourScorer(), class_names=["red", "blue"])
     assert [image.found for image in facts.images] == [False]
     assert facts.overall.variants == 3

@@ -4,21 +4,24 @@ import gc
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from service_fakes import batches, fake_factory, refusing_factory
 
+from service_fakes import batches, fake_factory, refusing_factory, wish
+from sgid_transforms.building.wanted import Outcome, Status
 from sgid_transforms.errors import ModelLoadError, ServiceError
-from sgid_transforms.service import GenerationService, Item, ServiceClient
+from sgid_transforms.service import GenerationService, ServiceClient
 from sgid_transforms.service.process import job_rendezvous
 
 
@@ -29,11 +32,25 @@ def _until(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.005)
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for temporary files whose path leaves room for a socket's."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _value(client: ServiceClient, key: str, value: int = 7) -> int:
+    """Ask for the variant of an image of one colour; the fake answers with the inverted colour."""
+    [outcome] = client.generate([wish(key, value)])
+    assert outcome.status is Status.STORED
+    return 255 - int(outcome.image.unique())
+
+
 def _work(client: ServiceClient, ident: str, pipe: Connection) -> None:
     """A worker: ask once, report the payload or the error and when it came, then ask again when told the address."""
     while True:
         try:
-            pipe.send((time.time(), bytes(client.generate([Item(ident, {}, b"abc")])[0].payload)))
+            pipe.send((time.time(), _value(client, ident)))
         except ServiceError as error:
             pipe.send((time.time(), error))
         address = pipe.recv()
@@ -57,7 +74,7 @@ def _workers(
 
 
 def test_killed_service_wakes_every_worker_and_a_restart_resumes(tmp_path: Path) -> None:
-    with GenerationService(fake_factory(tmp_path), max_batch=4, max_wait=30) as service:
+    with GenerationService(fake_factory(tmp_path, room=4), max_batch=4, max_wait=30) as service:
         service.client.generate([])  # a connection of the parent that the forked workers inherit
         workers = _workers(service.client, [f"slow{n}" for n in range(4)], ["fork", "fork", "spawn", "spawn"])
         _until(lambda: sum(map(len, batches(tmp_path))) == 4 or service.client.stats()["images"] == 4)
@@ -71,14 +88,14 @@ def test_killed_service_wakes_every_worker_and_a_restart_resumes(tmp_path: Path)
             print(f"a waiting worker knew after {1000 * (when - killed):.0f} ms that the service was killed")
             assert when - killed < 5
         with pytest.raises(ServiceError):  # the socket of a dead service refuses at once
-            service.client.generate([Item("a")])
+            service.client.generate([wish("a")])
         assert not service.alive
         service.restart()
         Path(tmp_path, "release").touch()
         for process, pipe in workers:
             pipe.send(service.client.address)
             assert pipe.poll(20)
-            assert pipe.recv()[1] == b"cba"
+            assert pipe.recv()[1] == 7
             pipe.send(None)
             process.join()
             pipe.close()
@@ -92,16 +109,16 @@ def test_worker_killed_in_mid_request_leaves_the_service_healthy(tmp_path: Path)
         process.join()
         pipe.close()
         Path(tmp_path, "release").touch()
-        assert bytes(service.client.generate([Item("next", {}, b"abc")])[0].payload) == b"cba"
+        assert _value(service.client, "next") == 7
 
 
 def test_exception_reaches_exactly_the_callers_of_its_batch(tmp_path: Path) -> None:
-    outcome: dict[str, list[Item]] = {}
+    outcome: dict[str, list[Outcome]] = {}
 
     def ask(*idents: str) -> None:
-        outcome[idents[0]] = service.client.generate([Item(ident, {}, b"abc") for ident in idents])
+        outcome[idents[0]] = service.client.generate([wish(ident) for ident in idents])
 
-    with GenerationService(fake_factory(tmp_path), max_batch=2) as service:
+    with GenerationService(fake_factory(tmp_path, room=2), max_batch=2) as service:
         threads = [threading.Thread(target=ask, args=("slow",))]
         threads[0].start()
         _until(lambda: batches(tmp_path) == [["slow"]])
@@ -112,8 +129,8 @@ def test_exception_reaches_exactly_the_callers_of_its_batch(tmp_path: Path) -> N
         Path(tmp_path, "release").touch()
         for thread in threads:
             thread.join()
-    assert [item.meta.get("error") for item in outcome["fail"]] == ["ValueError: cannot do fail"] * 2
-    assert not any("error" in item.meta for item in outcome["fine"] + outcome["slow"])
+    assert [(one.status, one.reason) for one in outcome["fail"]] == [(Status.FAILED, "ValueError: cannot do fail")] * 2
+    assert {one.status for one in outcome["fine"] + outcome["slow"]} == {Status.STORED}
 
 
 def test_hung_service_is_noticed(tmp_path: Path) -> None:
@@ -122,25 +139,23 @@ def test_hung_service_is_noticed(tmp_path: Path) -> None:
         os.kill(service.pid, signal.SIGSTOP)
         try:
             with pytest.raises(ServiceError, match=r"no sign of life for 0\.3 s"):
-                client.generate([Item("a")])
+                client.generate([wish("a")])
         finally:
             os.kill(service.pid, signal.SIGCONT)
 
 
 def test_a_long_batch_is_no_reason_to_give_up(tmp_path: Path) -> None:
     with GenerationService(fake_factory(seconds=2.5)) as service:
+        assert _value(service.client, "first") == 7
         client = ServiceClient(service.client.address, patience=2)
-        assert bytes(client.generate([Item("a", {}, b"xy")])[0].payload) == b"yx"
+        assert _value(client, "a") == 7
 
 
 def test_64_identical_requests_generate_once(tmp_path: Path) -> None:
     with GenerationService(fake_factory(tmp_path), max_wait=0.2) as service:
-        results: list[bytes] = []
+        results: list[int] = []
         client = service.client
-        threads = [
-            threading.Thread(target=lambda: results.append(bytes(client.generate([Item("slow", {}, b"ab")])[0].payload)))
-            for _ in range(64)
-        ]
+        threads = [threading.Thread(target=lambda: results.append(_value(client, "slow"))) for _ in range(64)]
         for thread in threads:
             thread.start()
         _until(lambda: service.client.stats()["merged"] == 63)
@@ -148,14 +163,14 @@ def test_64_identical_requests_generate_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
     assert batches(tmp_path) == [["slow"]]
-    assert results == [b"ba"] * 64
+    assert results == [7] * 64
 
 
 def test_batches_of_four_busy_workers_are_filled(tmp_path: Path) -> None:
     def work(number: int) -> None:
         for step in range(20):
             # 6 to 10 images: what the gate lets through of 16
-            client.generate([Item(f"{number}-{step}-{n}", {}, b"ab") for n in range(6 + (number + step) % 5)])
+            client.generate([wish(f"{number}-{step}-{n}") for n in range(6 + (number + step) % 5)])
 
     with GenerationService(fake_factory(tmp_path, seconds=0.005), max_batch=16) as service:
         client = service.client
@@ -170,11 +185,11 @@ def test_batches_of_four_busy_workers_are_filled(tmp_path: Path) -> None:
 
 
 def test_enqueue_never_waits_and_counts_drops(tmp_path: Path) -> None:
-    with GenerationService(fake_factory(tmp_path), max_batch=2, max_wait=0, max_queue=3) as service:
+    with GenerationService(fake_factory(tmp_path, room=2), max_batch=2, max_wait=0, max_queue=3) as service:
         client = service.client
         start = time.monotonic()
-        dropped = client.enqueue([Item(f"slow{n}") for n in range(10)])
-        _until(lambda: client.enqueue([Item("more")]) >= 5, seconds=10)  # told at a later call
+        dropped = client.enqueue([wish(f"slow{n}") for n in range(10)])
+        _until(lambda: client.enqueue([wish("more")]) >= 5, seconds=10)  # told at a later call
         assert time.monotonic() - start < 5
         assert dropped == 0
         assert client.full
@@ -189,16 +204,103 @@ def test_enqueue_does_not_wait_for_a_service_that_does_not_read(tmp_path: Path) 
         os.kill(service.pid, signal.SIGSTOP)
         try:
             start = time.monotonic()
-            assert client.enqueue([Item("large", {}, bytes(8 << 20))]) == 0
-            assert client.enqueue([Item("more")]) == 1  # told at once, as the first is still under way
+            assert client.enqueue([wish("large", size=2000)]) == 0
+            assert client.enqueue([wish("more")]) == 1  # told at once, as the first is still under way
             assert time.monotonic() - start < 5
         finally:
             os.kill(service.pid, signal.SIGCONT)
         _until(lambda: batches(tmp_path) == [["large"]])
-        _until(lambda: client.enqueue([Item("later")]) == 0)
+        _until(lambda: client.enqueue([wish("later")]) == 0)
         os.kill(service.pid, signal.SIGKILL)
         with pytest.raises(ServiceError, match="is gone"):
-            _until(lambda: client.enqueue([Item("too late")]) < 0)
+            _until(lambda: client.enqueue([wish("too late")]) < 0)
+
+
+def test_an_interrupted_question_leaves_no_answer_behind(tmp_path: Path) -> None:
+    """After Ctrl-C in a notebook, the client once kept its link: answers shifted by one, and cats came back for dogs."""
+    with GenerationService(fake_factory(tmp_path), max_wait=0) as service:
+        client = service.client
+        _until(lambda: _value(client, "before") == 7)
+        interrupt = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.generate([wish("slow", 1)])
+        interrupt.join()
+        Path(tmp_path, "release").touch()
+        for value in range(20, 30):
+            assert _value(client, f"next{value}", value) == value
+
+
+def test_a_service_for_another_recipe_refuses(tmp_path: Path) -> None:
+    with GenerationService(fake_factory(), recipe="01aa") as service:
+        other = ServiceClient(service.client.address, recipe="01bb")
+        with pytest.raises(ServiceError, match="this service makes variants of recipe 01aa, not of 01bb"):
+            other.generate([wish("a")])
+        assert _value(service.client, "a") == 7
+
+
+def test_a_shortage_of_descriptors_does_not_deafen_the_service() -> None:
+    """The accept loop once ended at its first EMFILE: "alive", and deaf for good."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    try:
+        service = GenerationService(fake_factory()).start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with service:
+        many = [socket.socket(socket.AF_UNIX) for _ in range(80)]
+        for one in many:
+            one.connect(service.client.address)
+        for one in many:
+            one.close()
+        assert _value(ServiceClient(service.client.address, patience=10), "a") == 7
+        assert service.alive
+
+
+def test_hostile_frames_end_their_own_connection_only(tmp_path: Path) -> None:
+    with GenerationService(fake_factory()) as service:
+        for data in (b"GET / HTTP/1.1\r\n\r\n", b"SGI2" + bytes(12) + b"x", bytes(100)):
+            with socket.socket(socket.AF_UNIX) as one:
+                one.connect(service.client.address)
+                one.sendall(data)
+        assert _value(service.client, "a") == 7
+
+
+def test_a_rendezvous_in_a_missing_folder_is_made(tmp_path: Path) -> None:
+    """It once looped for ever: "no folder" looked like "held by somebody else"."""
+    with GenerationService(fake_factory(), rendezvous=tmp_path / "missing" / "job") as service:
+        assert service.owner
+    (tmp_path / "file").touch()
+    with pytest.raises(ServiceError, match=r"the rendezvous .* cannot be used"):
+        GenerationService(fake_factory(), rendezvous=tmp_path / "file" / "job").start()
+
+
+def test_folders_are_measured_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("\u00e9" * 40)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with GenerationService(fake_factory()) as service:
+        assert _value(service.client, "a") == 7
+    assert os.listdir(folder) == []
+
+
+def test_a_path_object_in_sys_path_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    with GenerationService(fake_factory()) as service:
+        assert service.alive
+
+
+def test_stopping_does_not_wait_for_workers_that_live_on(tmp_path: Path) -> None:
+    """A forked worker keeps the pipe open that tells the service to stop."""
+    service = GenerationService(fake_factory(tmp_path), max_wait=0).start()
+    [(process, pipe)] = _workers(service.client, ["once"], ["fork"])
+    assert pipe.recv()[1] == 7
+    start = time.monotonic()
+    service.stop(timeout=20)
+    assert time.monotonic() - start < 10
+    pipe.send(None)
+    process.join()
+    pipe.close()
 
 
 def test_load_failure_is_raised_where_the_service_is_started() -> None:
@@ -235,7 +337,7 @@ def test_a_client_pickles_small() -> None:
     with GenerationService(fake_factory()) as service:
         data = pickle.dumps(service.client)
         assert len(data) < 300
-        assert bytes(pickle.loads(data).generate([Item("a", {}, b"xy")])[0].payload) == b"yx"  # noqa: S301
+        assert _value(pickle.loads(data), "a") == 7  # noqa: S301
 
 
 def test_ranks_share_one_service(tmp_path: Path) -> None:
@@ -263,17 +365,26 @@ def test_ranks_are_recognised_by_their_launcher(monkeypatch: pytest.MonkeyPatch)
     assert one != job_rendezvous("variants")
 
 
-def test_service_ends_with_a_killed_starter() -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_service_ends_with_a_killed_starter(short_folder: Path, stopped: bool) -> None:
+    """Also while it is stopped, which stands for a long native call; its folder goes with the next service's start."""
     script = (
         "import sys, time; sys.path[:] = " + repr([str(Path(__file__).parents[1] / "helpers"), *sys.path]) + "\n"
         "from service_fakes import fake_factory; from sgid_transforms.service import GenerationService\n"
-        "print(GenerationService(fake_factory()).start().pid, flush=True); time.sleep(100)"
+        "service = GenerationService(fake_factory()).start(); print(service.pid, flush=True); time.sleep(100)"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as starter:
+    environment = {**os.environ, "TMPDIR": str(short_folder)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as starter:
         assert starter.stdout is not None
         pid = int(starter.stdout.readline())
+        if stopped:
+            os.kill(pid, signal.SIGSTOP)
         starter.kill()
     _until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), seconds=10)
+    assert len(list(short_folder.glob("sgid-service-*"))) == 1
+    check = script.replace("time.sleep(100)", "service.stop()")
+    subprocess.run([sys.executable, "-c", check], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert list(short_folder.glob("sgid-service-*")) == []
 
 
 def test_start_and_stop_leak_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +405,7 @@ def test_start_and_stop_leak_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             with GenerationService(fake_factory()) as service:
                 assert os.listdir(folder)
                 pids.append(service.pid)
-                service.client.generate([Item("a", {}, b"xy")])
+                service.client.generate([wish("a")])
         assert resources() == before
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert len(pids) == cycles

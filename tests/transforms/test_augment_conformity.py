@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from augment_fakes import batches, captioned, fake_generator, picture, pil_picture
 from PIL import Image
 from torchvision import transforms as v1
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from augment_fakes import batches, captioned, fake_generator, picture, pil_picture
 from sgid_transforms.errors import GenerationError, MissingCaptionError, ServiceError
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.transforms.augment import SGIDAugment

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
 from augment_fakes import (
     CLASSES,
     FakeCaptioner,
@@ -20,10 +24,6 @@ from augment_fakes import (
     picture,
     pil_picture,
 )
-from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
-
 from sgid_transforms.errors import GenerationError, ServiceError
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.transforms.augment import SGIDAugment

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sgid_transforms.errors import StoreError
-from sgid_transforms.variants import Provenance, VariantStore, container
+from sgid_transforms.variants import Provenance, VariantStore, layout
 
 KEY = "0123456789abcdef0123456789abcdef"
 PROVENANCE = Provenance("a photo of a cat", label="cat", versions={"torch": "2.14.1"})
@@ -88,7 +88,7 @@ def _bomb_png():
 @pytest.mark.parametrize("suffix", [".webp", ".png", ".jpg", ".failed.json"])
 def test_a_pickle_is_never_loaded(store, tmp_path, monkeypatch, suffix):
     monkeypatch.setenv("BOMB", str(tmp_path))
-    for number, data in enumerate((pickle.dumps(_Bomb()), container.pack(pickle.dumps(_Bomb()), b"{}", f"01aa/01/{KEY}-1"))):
+    for number, data in enumerate((pickle.dumps(_Bomb()), layout.pack(pickle.dumps(_Bomb()), b"{}", f"01aa/01/{KEY}-1"))):
         _path(store, number, suffix).write_bytes(data)
         assert store.get(RECIPE, KEY, number) is None
         assert store.failure(RECIPE, KEY, number) is None
@@ -112,7 +112,7 @@ def test_a_valid_digest_around_hostile_content_is_no_excuse(store, image, proven
     from sgid_transforms.variants import codec
 
     image = codec.encode(_image(), "png")[0] if image is None else image
-    _path(store).write_bytes(container.pack(image, provenance, f"01aa/01/{KEY}-0"))
+    _path(store).write_bytes(layout.pack(image, provenance, f"01aa/01/{KEY}-0"))
     assert not store.verify().ok
     assert store.get(RECIPE, KEY, 0) is None
     assert store.quarantined == 1
@@ -146,15 +146,15 @@ def test_a_file_that_took_over_the_name_is_not_moved_away(store, monkeypatch):
     store.put(RECIPE, KEY, 0, _image(), PROVENANCE)
     good = _path(store).read_bytes()
     _path(store).write_bytes(good[:100])
-    unpack = container.unpack
+    unpack = layout.unpack
 
     def replaced_meanwhile(data, name):
-        monkeypatch.setattr(container, "unpack", unpack)
+        monkeypatch.setattr(layout, "unpack", unpack)
         _path(store).rename(store.root / "moved-by-another")
         _path(store).write_bytes(good)
         return unpack(data, name)
 
-    monkeypatch.setattr(container, "unpack", replaced_meanwhile)
+    monkeypatch.setattr(layout, "unpack", replaced_meanwhile)
     assert torch.equal(store.get_image(RECIPE, KEY, 0), _image())
     assert store.quarantined == 0
     assert store.stats().quarantined == 0

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sgid_transforms.errors import StoreError
 from sgid_transforms.recipe.recipe import Recipe
-from sgid_transforms.variants import IMAGE_FORMATS, Provenance, VariantRef, VariantStore
+from sgid_transforms.variants import IMAGE_FORMATS, Provenance, VariantRef, VariantStore, layout
 
 KEY = "0123456789abcdef0123456789abcdef"
 OTHER_KEY = "ff23456789abcdef0123456789abcdef"
@@ -419,7 +419,7 @@ class TestObject:
 
     def test_a_newer_store_is_refused_with_the_way_out(self, store):
         store.put(_recipe(), KEY, 0, _image(), PROVENANCE)
-        (store.root / "sgid-variants.json").write_text('{"format": 2}')
+        (store.root / "sgid-variants.json").write_text(json.dumps({"format": 3, "check": layout._marker_check(3)}))
         newer = VariantStore(store.root)
         for call in (
             lambda: newer.get(_recipe(), KEY, 0),
@@ -428,10 +428,12 @@ class TestObject:
             lambda: newer.count(),
             lambda: newer.stats(),
         ):
-            with pytest.raises(StoreError, match="format 2, this version knows up to 1; upgrade sgid-transforms"):
+            with pytest.raises(StoreError, match="format 3, this version knows up to 2; upgrade sgid-transforms"):
                 call()
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "x"}', "\0"])
+    @pytest.mark.parametrize(
+        "content", ["", "{", "[]", '{"format": "x"}', "\0", "[" * 4000, '{"format": 3}', '{"format": 3, "check": "x"}']
+    )
     def test_a_damaged_marker_does_not_matter(self, store, content):
         store.put(_recipe(), KEY, 0, _image(), PROVENANCE)
         (store.root / "sgid-variants.json").write_text(content)

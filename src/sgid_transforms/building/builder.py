@@ -1,79 +1,115 @@
 """From "variant 2 of this image" to a stored variant: what the service runs, and a process without a service, too."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
+from sgid_transforms.building.address import Address
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
+from sgid_transforms.captions.prepare import Describer
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.errors import SGIDError, StoreError
-from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
+from sgid_transforms.errors import ServiceError, SGIDError, StoreError
+from sgid_transforms.generation.requests import GenerationRequest, GenerationResult, in_batches, pull_from
+from sgid_transforms.models.captioner import BLIP
 from sgid_transforms.recipe.guidance import guidance_scale, variant_seed, variant_strength
 from sgid_transforms.recipe.prompts import build_prompt
 from sgid_transforms.recipe.recipe import Recipe
-from sgid_transforms.service.protocol import Item
-from sgid_transforms.variants.codec import resolve_format
 from sgid_transforms.variants.provenance import Provenance
 from sgid_transforms.variants.store import VariantStore
 
 _log = logging.getLogger("sgid_transforms")
 
+CLIP = "openai/clip-vit-base-patch32"
+
 Generate = Callable[[Sequence[GenerationRequest]], Sequence[GenerationResult]]
 """What makes images: a :class:`Generator`, or anything that is called like one."""
 
-
-class Describe(Protocol):
-    """Captions and scores images on demand."""
-
-    def __call__(self, images: Sequence[torch.Tensor], labels: Sequence[str]) -> list[tuple[str, float | None]]: ...
+GeneratorFactory = Callable[..., Generate]
+"""``factory(recipe, device, **options)`` returns what makes images; it must pickle to run in a service."""
 
 
-@dataclass(frozen=True, eq=False)
-class VariantJob:
-    """One variant that is wanted.
+@dataclass(frozen=True)
+class BuilderSpec:
+    """All that is needed to set up a :class:`Builder` in any process; pickles small.
 
     Args:
-        key: Of the original image.
-        variant: Its number.
-        image: The original, uint8 ``(3, H, W)``.
-        label: Class name in words.
-        caption: None: to be written by a captioner.
-        similarity: CLIP cosine of the image and its prompt.
-        rank: Of the similarity within the data set, in [0, 1].
+        recipe: What to make.
+        variants: Where variants live.
+        captions: Where captions live.
+        device: Where the models run.
+        generator: Loads the generator; None: the package's own.
+        options: Keyword arguments for it.
+        captioner: The captioner that captions on demand; None: no captions on demand.
+        scorer: The CLIP model that scores them, and that the recipe's filters ask.
+        labels: Class names that the label check chooses from; None: those of the caption store.
+        count: Called with the name of a counter and an increment.
+        batch_size: Requests that a generator without a ``stream`` gets at once.
     """
 
-    key: str
-    variant: int
-    image: torch.Tensor
-    label: str
-    caption: str | None
-    similarity: float | None = None
-    rank: float | None = None
+    recipe: Recipe
+    variants: VariantStore
+    captions: CaptionStore
+    device: str = "cpu"
+    generator: GeneratorFactory | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    captioner: Any = None
+    scorer: Any = None
+    labels: Sequence[str] | None = None
+    count: Callable[[str, int], None] | None = None
+    batch_size: int = 32
+
+    def build(self) -> "Builder":
+        """Load the models.
+
+        Raises:
+            ModelLoadError: A model cannot be loaded.
+            ServiceError: CUDA is asked for in a forked process.
+        """
+        options = dict(self.options)
+        if self.generator is None:
+            options = self._filter_options() | options
+        try:
+            generate = (self.generator or load_generator)(self.recipe, self.device, **options)
+        except RuntimeError as error:
+            if "forked subprocess" in str(error):
+                raise ServiceError(
+                    "this process was forked from one that uses CUDA, so it cannot use CUDA itself; "
+                    "run the loop inside `with sgid.serve(device='cuda')`: its own process then owns the model"
+                ) from error
+            raise
+        describer = None
+        if self.captioner is not None:
+            describer = Describer(self.recipe.prompt, self.captioner, self.scorer, self.device)
+        size = self.batch_size
+        return Builder(
+            self.recipe, generate, self.variants, self.captions, describer=describer, count=self.count, batch_size=size
+        )
+
+    def _filter_options(self) -> dict[str, Any]:
+        """What the recipe's filters need: the class names that a label is told from, and a CLIP model."""
+        options: dict[str, Any] = {} if self.scorer is None else {"clip": self.scorer}
+        if self.recipe.filters.label_check != "none":
+            known = {record.label for record in self.captions if record.label} if self.labels is None else self.labels
+            options["labels"] = sorted(known)
+        return options
 
 
-@dataclass(frozen=True, eq=False)
-class VariantOutcome:
-    """What became of a job: an image uint8 ``(3, H, W)``, or the ``reason`` why there is none, or an ``error``."""
-
-    image: torch.Tensor | None = None
-    reason: str | None = None
-    error: str | None = None
-
-
-class VariantMaker:
+class Builder:
     """Makes and stores variants of one recipe. It belongs to one thread at a time.
 
     Args:
         recipe: What to make.
-        generate: The generator. Its ``tokenizer`` and ``max_tokens``, where it has them, bound the prompts.
+        generate: The generator. Its ``tokenizer`` and ``max_tokens``, where it has them, bound the prompts; its ``stream``,
+            where it has one, pulls what waits whenever it has room.
         variants: Where variants are looked up and stored.
-        captions: Where captions written on demand are kept.
-        describe: Writes captions on demand; None: a job without a caption is an error.
+        captions: What is known about the images, and where captions written on demand are kept.
+        describer: Writes captions on demand; None: an image without a caption cannot have a variant.
         count: Called with the name of a counter and an increment.
+        batch_size: Requests that a generator without a ``stream`` gets at once.
     """
 
     def __init__(
@@ -81,122 +117,145 @@ class VariantMaker:
         recipe: Recipe,
         generate: Generate,
         variants: VariantStore,
+        captions: CaptionStore,
         *,
-        captions: CaptionStore | None = None,
-        describe: Describe | None = None,
-        count: Callable[[str, int], None] = lambda name, number: None,
+        describer: Describer | None = None,
+        count: Callable[[str, int], None] | None = None,
+        batch_size: int = 32,
     ) -> None:
-        self.recipe, self.generate, self.variants = recipe, generate, variants
-        self._captions, self._describe, self._count = captions, describe, count
+        self.recipe, self.generate, self.variants, self.captions = recipe, generate, variants, captions
+        self.batch_size = batch_size
+        self._address = Address(recipe)
+        self._describer = describer
+        self._count = count or (lambda name, number: None)
         self._versions = _versions()
-        self._unwritable = False
+        self._warned = False
 
-    def __call__(self, jobs: Sequence[VariantJob]) -> list[VariantOutcome]:
-        """Make variants, or fetch those that somebody made meanwhile; equal jobs are made once.
+    def __call__(self, wanted: Sequence[Wanted]) -> list[Outcome]:
+        """Make variants, or notice that somebody made them meanwhile; equal ones are made once.
 
         Raises:
             Exception: What the generator raises. A request that it could not fulfil is an outcome with a ``reason``.
         """
-        outcomes: dict[tuple[str, int], VariantOutcome] = {}
-        todo: dict[tuple[str, int], VariantJob] = {}
-        for job in jobs:
-            name = (job.key, job.variant)
-            if name not in outcomes and name not in todo:
-                found = self._stored(job)
-                if found is None:
-                    todo[name] = job
-                else:
-                    outcomes[name] = found
-        work = self._captioned(list(todo.values()))
-        requests = []
-        for job in work:
-            try:
-                requests.append((job, self._request(job)))
-            except SGIDError as error:  # a label that does not fit into the text encoder, for instance
-                self._count("failed", 1)
-                outcomes[job.key, job.variant] = VariantOutcome(error=str(error))
-        if requests:
-            try:
-                results = self.generate([request for _, request in requests])
-            except Exception:
-                self._count("failed", len(requests))
-                raise
-            for (job, request), result in zip(requests, results, strict=True):
-                outcomes[job.key, job.variant] = self._finish(job, request, result)
-        return [outcomes[job.key, job.variant] for job in jobs]
+        unique = {one.name: one for one in wanted}
+        outcomes = {one.name: outcome for group in self.stream(pull_from(list(unique.values()))) for one, outcome in group}
+        return [outcomes[one.name] for one in wanted]
 
-    def _stored(self, job: VariantJob) -> VariantOutcome | None:
-        image = self.variants.get_image(self.recipe, job.key, job.variant)
-        if image is not None:
-            return VariantOutcome(image)
-        reasons = self.variants.failure(self.recipe, job.key, job.variant)
-        return None if reasons is None else VariantOutcome(reason=", ".join(reasons) or "filtered")
+    def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]:
+        """Pull wanted variants whenever the generator has room for them, and yield each group that is done.
 
-    def _captioned(self, jobs: list[VariantJob]) -> list[VariantJob]:
-        """The jobs with captions: those without one are captioned, and the captions kept."""
-        bare = [job for job in jobs if job.caption is None]
-        if not bare or self._describe is None:
-            return jobs
-        by_key = {job.key: job for job in bare}
-        described = self._describe([job.image for job in by_key.values()], [job.label for job in by_key.values()])
-        texts = dict(zip(by_key, described, strict=True))
-        if self._captions is not None:
-            self._captions.put_many(
-                [CaptionRecord(key, *texts[key][:1], label=job.label, similarity=texts[key][1]) for key, job in by_key.items()]
-            )
-        return [
-            job if job.caption is not None else replace(job, caption=texts[job.key][0], similarity=texts[job.key][1])
-            for job in jobs
-        ]
+        Args:
+            pull: Hands over up to so many that wait, fewer where fewer wait. After an answer of none, and with nothing left in
+                work, the stream ends.
+        """
+        asked: dict[GenerationRequest, tuple[Wanted, CaptionRecord, str]] = {}
+        done: list[tuple[Wanted, Outcome]] = []
 
-    def _request(self, job: VariantJob) -> GenerationRequest:
+        def source(room: int) -> list[GenerationRequest]:
+            requests: list[GenerationRequest] = []
+            while len(requests) < room and (fresh := pull(room - len(requests))):
+                for one, plan in self._plans(fresh):
+                    if isinstance(plan, Outcome):
+                        done.append((one, plan))
+                    else:
+                        request, record, key = plan
+                        asked[request] = one, record, key
+                        requests.append(request)
+            return requests
+
+        stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
+        try:
+            for results in stream(source):
+                for request, result in results:
+                    one, record, key = asked.pop(request)
+                    done.append((one, self._finish(one, request, record, key, result)))
+                yield done
+                done = []
+        except Exception:
+            self._count("failed", len(asked))
+            raise
+        if done:
+            yield done
+
+    def _plans(
+        self, wanted: Sequence[Wanted]
+    ) -> Iterator[tuple[Wanted, Outcome | tuple[GenerationRequest, CaptionRecord, str]]]:
+        """What the model is to be asked for each wanted variant, or the outcome where it is not to be asked."""
+        records = self.captions.get_many({one.key for one in wanted})
+        undescribed = {one.key: one for one in wanted if one.key not in records}
+        if undescribed and self._describer is not None:
+            bare = [
+                (CaptionRecord(key, "", label=one.label), one.image)
+                for key, one in undescribed.items()
+                if one.label is not None
+            ]
+            described = self._describer.describe(bare) if bare else []
+            self._write(lambda: self.captions.put_many(described), "captions")
+            records |= {record.key: record for record in described}
+        for one in wanted:
+            record = records.get(one.key)
+            key = None if record is None else self._address.key(record, one.label)
+            if record is None or key is None:
+                lacking = "caption" if record is None else "label"
+                yield one, Outcome(Status.FAILED, f"image {one.key} has no {lacking}; call sgid.prepare(dataset)")
+            elif self.variants.contains(self.recipe, key, one.variant):
+                yield one, Outcome(Status.STORED)
+            elif (reasons := self.variants.failure(self.recipe, key, one.variant)) is not None:
+                yield one, Outcome(Status.FILTERED, ", ".join(reasons) or "filtered")
+            else:
+                try:
+                    yield one, (self._request(one, record), record, key)
+                except SGIDError as error:  # a label that does not fit into the text encoder, for instance
+                    self._count("failed", 1)
+                    yield one, Outcome(Status.FAILED, str(error))
+
+    def _request(self, one: Wanted, record: CaptionRecord) -> GenerationRequest:
         recipe, fingerprint = self.recipe, self.recipe.fingerprint
         tokenizer = getattr(self.generate, "tokenizer", None)
         max_tokens = getattr(self.generate, "max_tokens", None) if tokenizer is not None else None
+        label = record.label or one.label or ""
         return GenerationRequest(
-            image=job.image,
-            prompt=build_prompt(recipe.prompt, job.label, job.caption or "", tokenizer=tokenizer, max_tokens=max_tokens),
+            image=one.image,
+            prompt=build_prompt(recipe.prompt, label, record.caption, tokenizer=tokenizer, max_tokens=max_tokens),
             negative_prompt=recipe.negative_prompt,
-            strength=variant_strength(recipe.strength, fingerprint, job.key, job.variant, recipe.seed),
-            guidance_scale=guidance_scale(recipe.guidance, job.rank),
-            seed=variant_seed(fingerprint, job.key, job.variant, recipe.seed),
-            label=job.label,
-            id=f"{job.key}-{job.variant}",
+            strength=variant_strength(recipe.strength, fingerprint, one.key, one.variant, recipe.seed),
+            guidance_scale=guidance_scale(recipe.guidance, record.rank),
+            seed=variant_seed(fingerprint, one.key, one.variant, recipe.seed),
+            label=label or None,
+            id=f"{one.key}-{one.variant}",
         )
 
-    def _finish(self, job: VariantJob, request: GenerationRequest, result: GenerationResult) -> VariantOutcome:
+    def _finish(
+        self, one: Wanted, request: GenerationRequest, record: CaptionRecord, key: str, result: GenerationResult
+    ) -> Outcome:
+        """Store what was made, or remember that nothing can be."""
         made = result.image
+        if made is None and result.failed:
+            self._count("failed", 1)
+            return Outcome(Status.FAILED, result.reason or "no image")
         if made is None:
-            reason = result.reason or "no image"
-            if reason.startswith("error"):  # an accident, to be tried again; a rejection would only repeat itself
-                self._count("failed", 1)
-                return VariantOutcome(reason=reason)
+            reasons = result.rejected or (result.reason or "no image",)
             self._count("filtered", 1)
-            self._write(lambda: self.variants.put_failure(self.recipe, job.key, job.variant, result.rejected or (reason,)))
-            return VariantOutcome(reason=reason)
+            self._write(lambda: self.variants.put_failure(self.recipe, key, one.variant, reasons), "variants")
+            return Outcome(Status.FILTERED, result.reason or "filtered")
         self._count("generated", 1)
-        stored = self._write(
-            lambda: self.variants.put(self.recipe, job.key, job.variant, made, self._provenance(job, request, result))
-        )
-        _, height, width = made.shape
-        lossless = resolve_format(self.recipe.image_format, height, width) in ("png", "webp-lossless")
-        if stored is None or (stored and lossless):
-            return VariantOutcome(made)
-        # Another writer was first, or the file's format is lossy: every epoch shall see the same pixels, this one too.
-        image = self.variants.get_image(self.recipe, job.key, job.variant)
-        return VariantOutcome(made if image is None else image.to(made.device))
+        provenance = self._provenance(request, record, result)
+        if self._write(lambda: self.variants.put(self.recipe, key, one.variant, made, provenance), "variants"):
+            return Outcome(Status.STORED)
+        return Outcome(Status.STORED, image=made)
 
-    def _write(self, write: Callable[[], bool]) -> bool | None:
-        """Call ``write``; a store that cannot be written costs the reuse of variants, not the training."""
+    def _write(self, write: Callable[[], object], what: str) -> bool:
+        """Whether ``write`` succeeded; a store that cannot be written costs the reuse of variants, not the training."""
         try:
-            return write()
+            write()
         except StoreError as error:
-            if not self._unwritable:
-                _log.warning("variants cannot be stored and are made again every time: %s", error)
-            self._unwritable = True
-            return None
+            if not self._warned:
+                _log.warning("%s cannot be stored and are made again every time: %s", what, error)
+            self._warned = True
+            return False
+        return True
 
-    def _provenance(self, job: VariantJob, request: GenerationRequest, result: GenerationResult) -> Provenance:
+    def _provenance(self, request: GenerationRequest, record: CaptionRecord, result: GenerationResult) -> Provenance:
         recipe = self.recipe
         return Provenance(
             prompt=request.prompt,
@@ -204,7 +263,7 @@ class VariantMaker:
             seed=result.seed,
             strength=result.strength,
             guidance_scale=request.guidance_scale,
-            similarity=job.similarity,
+            similarity=record.similarity,
             label_score=result.label_score,
             image_similarity=result.image_similarity,
             model=recipe.model,
@@ -212,64 +271,29 @@ class VariantMaker:
             sampler=recipe.sampler,
             num_inference_steps=recipe.num_inference_steps,
             attempt=result.attempt,
-            label=job.label,
-            caption=job.caption,
+            label=request.label,
+            caption=record.caption,
             versions=self._versions,
+            extra={} if recipe.lora is None else {"lora": recipe.lora, "lora_scale": recipe.lora_scale},
         )
 
 
-def job_to_item(fingerprint: str, job: VariantJob) -> Item:
-    """A job as it travels to the service."""
-    meta = {
-        "key": job.key,
-        "variant": job.variant,
-        "size": list(job.image.shape[1:]),
-        "label": job.label,
-        "caption": job.caption,
-        "similarity": job.similarity,
-        "rank": job.rank,
-    }
-    return Item(f"{fingerprint}/{job.key}/{job.variant}", meta, _to_bytes(job.image))
+def auto_models(recipe: Recipe, captioner: Any = "auto", scorer: Any = "auto") -> tuple[Any, Any]:
+    """Captioner and scorer, where ``"auto"`` stands for those that go with the recipe's model: the bundled ones for ``"tiny"``,
+    else BLIP and CLIP."""
+    bundled = recipe.model == "tiny"
+    return (
+        ("tiny" if bundled else BLIP) if captioner == "auto" else captioner,
+        ("tiny" if bundled else CLIP) if scorer == "auto" else scorer,
+    )
 
 
-def item_to_job(item: Item) -> VariantJob:
-    """The reverse of :func:`job_to_item`; the image shares the item's memory."""
-    meta = dict(item.meta)
-    return VariantJob(image=_from_bytes(item.payload, meta.pop("size")), **meta)
+def load_generator(recipe: Recipe, device: str, **options: Any) -> Generate:
+    """The package's own generator."""
+    from sgid_transforms.generation.generator import Generator
 
-
-def outcome_to_item(ident: str, outcome: VariantOutcome) -> Item:
-    """An outcome as it travels back."""
-    if outcome.image is None:
-        return Item(ident, {"reason": outcome.reason, "error": outcome.error})
-    return Item(ident, {"size": list(outcome.image.shape[1:])}, _to_bytes(outcome.image))
-
-
-def item_to_outcome(item: Item) -> VariantOutcome:
-    """The reverse of :func:`outcome_to_item`; also reads the error of a batch that raised."""
-    if "size" in item.meta:
-        return VariantOutcome(_from_bytes(item.payload, item.meta["size"]))
-    return VariantOutcome(reason=item.meta.get("reason"), error=item.meta.get("error"))
-
-
-class VariantHandler:
-    """The service's handler: a :class:`VariantMaker` that speaks in items."""
-
-    def __init__(self, maker: VariantMaker) -> None:
-        self.maker = maker
-
-    def __call__(self, items: Sequence[Item]) -> list[Item]:
-        outcomes = self.maker([item_to_job(item) for item in items])
-        return [outcome_to_item(item.ident, outcome) for item, outcome in zip(items, outcomes, strict=True)]
-
-
-def _to_bytes(image: torch.Tensor) -> memoryview:
-    return image.detach().cpu().contiguous().numpy().data.cast("B")
-
-
-def _from_bytes(payload: Any, size: Sequence[int]) -> torch.Tensor:
-    height, width = size
-    return torch.frombuffer(payload, dtype=torch.uint8).view(3, height, width)
+    generator: Generate = Generator.from_recipe(recipe, device=device, **options)
+    return generator
 
 
 def _versions() -> Mapping[str, str]:

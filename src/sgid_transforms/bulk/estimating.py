@@ -2,17 +2,16 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgid_transforms.building.builder import VariantMaker
 from sgid_transforms.bulk.captioning import caption_folder
-from sgid_transforms.bulk.generating import build_maker, make
-from sgid_transforms.bulk.plan import Models, Shard, chunks, free_bytes, incomplete, missing_variants
+from sgid_transforms.bulk.generating import Work, build
+from sgid_transforms.bulk.plan import Models, Shard, missing_variants, variant_keys
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import RecipeError
-from sgid_transforms.images.folders import KnownImage, Scan, Skipped
+from sgid_transforms.files import free_bytes
+from sgid_transforms.images.folders import Scan, Skipped
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
@@ -78,73 +77,40 @@ def estimate_folder(
     models = models or Models()
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
-    known = captions.path.exists()
-    scored = models.scorer_for(recipe) is not None
-    uncaptioned = incomplete(scan.images, captions, scored=scored) if known else list(scan.images)
-    _, todo = missing_variants(images, recipe, variants, count)
+    known = captions.get_many([image.key for image in scan.images]) if captions.path.exists() else {}
+    _, todo = missing_variants(images, variant_keys(images, recipe, captions), recipe, variants, count)
     chosen = [todo[index * len(todo) // sample] for index in range(sample)] if len(todo) > sample else todo
     per_caption = per_variant = per_file = 0.0
     with tempfile.TemporaryDirectory(prefix="sgid-dry-run-") as folder:
-        notes = CaptionStore(Path(folder, "captions.sqlite"))
-        samples = list({image.key: image for image, _ in chosen}.values())
+        notes, store = CaptionStore(Path(folder, "captions.sqlite")), VariantStore(Path(folder, "variants"))
         try:
             if chosen:
-                if known:
-                    notes.put_many(captions.get_many([image.key for image in samples]).values())
-                labels = sorted({image.file.label for image in scan.images})
-                maker = build_maker(recipe, notes, VariantStore(Path(folder, "variants")), models, labels)
-                per_caption = _time_captions(samples, uncaptioned, recipe, notes, models, progress)
-                per_variant, per_file = _time_variants(chosen, notes, maker, models.batch_size)
+                builder = build(scan, recipe, notes, store, models)
+                originals = list({image.key: image for image, _ in chosen}.values())
+                timings = []
+                for part in (originals[:1], originals):  # the first one loads the models and warms them up
+                    start = time.perf_counter()
+                    done = caption_folder(Scan(tuple(part), (), 0), recipe, notes, models, progress=progress)
+                    timings.append((time.perf_counter() - start) / max(1, done.captioned))
+                per_caption = timings[-1 if len(originals) > 1 else 0]
+                Work([(chosen[0][0], chosen[0][1] + 1_000_000)]).run(builder)
+                start = time.perf_counter()
+                Work(chosen).run(builder)
+                per_variant = (time.perf_counter() - start) / len(chosen)
+                sizes = [ref.path.stat().st_size for ref in store.iter(recipe)]
+                per_file = sum(sizes) / max(1, len(sizes))
         finally:
             notes.close()
+    uncaptioned = sum(image.key not in known for image in scan.images)
     return Estimate(
         images=len(images),
-        captions_missing=len(uncaptioned),
+        captions_missing=uncaptioned,
         wanted=len(images) * count,
         missing=len(todo),
         sampled=len(chosen),
-        seconds_per_caption=per_caption,
+        seconds_per_caption=per_caption if uncaptioned else 0.0,
         seconds_per_variant=per_variant,
         bytes_per_variant=per_file,
         free_bytes=free_bytes(variants.root),
         skipped=scan.skipped,
     )
-
-
-def _time_captions(
-    samples: Sequence[KnownImage],
-    uncaptioned: Sequence[KnownImage],
-    recipe: Recipe,
-    notes: CaptionStore,
-    models: Models,
-    progress: bool,
-) -> float:
-    """Caption the sample; returns seconds per image. The models are loaded and warmed up by one image before."""
-    wanting = {image.key for image in uncaptioned}
-    pending = [image for image in samples if image.key in wanting]
-    timed: list[tuple[int, float]] = []
-    for part in (pending[:1], pending[1:]):
-        if part:
-            start = time.perf_counter()
-            scan = Scan(tuple(part), (), 0)
-            caption_folder(scan, recipe, notes, models, progress=progress)
-            timed.append((len(part), time.perf_counter() - start))
-    if not timed:
-        return 0.0
-    images, seconds = timed[-1]
-    return seconds / images
-
-
-def _time_variants(
-    chosen: Sequence[tuple[KnownImage, int]], notes: CaptionStore, maker: VariantMaker, batch_size: int
-) -> tuple[float, float]:
-    """Make the sample; returns seconds and bytes per variant. One variant before it warms the model up."""
-    records = notes.get_many([image.key for image, _ in chosen])
-    first, number = chosen[0]
-    make([(first, number + 1_000_000)], records, maker)
-    start = time.perf_counter()
-    for chunk in chunks(chosen, batch_size):
-        make(chunk, records, maker)
-    seconds = time.perf_counter() - start
-    sizes = [ref.path.stat().st_size for ref in maker.variants.iter(maker.recipe)]
-    return seconds / len(chosen), sum(sizes) / max(1, len(sizes))

@@ -1,25 +1,28 @@
 """Variants of a folder's images."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Final
 
+from torch import Tensor
 from tqdm import tqdm
 
-from sgid_transforms.building.builder import VariantJob, VariantMaker
-from sgid_transforms.building.factory import MakerSpec
+from sgid_transforms.building.builder import Builder, BuilderSpec
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.bulk.captioning import CaptionReport, caption_folder
-from sgid_transforms.bulk.plan import Models, Shard, chunks, free_bytes, missing_variants
-from sgid_transforms.captions.record import CaptionRecord
+from sgid_transforms.bulk.plan import Models, Shard, missing_variants, variant_keys
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ImageError, RecipeError, StoreError
+from sgid_transforms.files import free_bytes
 from sgid_transforms.images.folders import KnownImage, Scan, Skipped
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
+
+_PIXELS: Final = 32 * 2**20  # most pixels of the originals that are held at once, 96 MiB as tensors
 
 
 @dataclass(frozen=True)
@@ -64,105 +67,144 @@ def generate_folder(
     """Make variants 0 to ``count - 1`` of every image that does not have them, after captioning what has no caption.
 
     Args:
-        scan: the images.
-        recipe: what to make.
-        captions: captions by image; all images are captioned, whatever the shard, since ranks are of the whole data set.
-        variants: where the variants go.
-        count: variants per image.
-        shard: the share of the images to work on; None: all.
-        models: which models.
-        progress: show progress bars.
-        stop: asked between batches; when it says True, the job ends early, with everything that was made stored.
+        scan: The images.
+        recipe: What to make.
+        captions: Captions by image; all images are captioned, whatever the shard, since ranks are of the whole data set.
+        variants: Where the variants go.
+        count: Variants per image.
+        shard: The share of the images to work on; None: all.
+        models: Which models.
+        progress: Show progress bars.
+        stop: Asked before the model takes more; when it says True, the job ends with everything that was begun stored.
 
     Raises:
-        ModelLoadError: a model cannot be loaded.
-        StoreError: a store cannot be read or written.
-        GenerationError: the model fails on everything.
+        ModelLoadError: A model cannot be loaded.
+        StoreError: A store cannot be read or written.
+        GenerationError: The model itself fails, and not a request.
     """
     if count < 1:
         raise RecipeError(f"{count} variants per image are too few; ask for at least 1")
     models = models or Models()
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
-    filtered, todo = missing_variants(images, recipe, variants, count)
-    labels = sorted({image.file.label for image in scan.images})
+    _, todo = missing_variants(images, variant_keys(images, recipe, captions), recipe, variants, count)
     # The generator comes first: if it cannot be loaded, that is better known before than after an hour of captioning.
-    maker = build_maker(recipe, captions, variants, models, labels) if todo and not stop() else None
+    builder = build(scan, recipe, captions, variants, models) if todo and not stop() else None
     described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
+    filtered, todo = missing_variants(images, variant_keys(images, recipe, captions), recipe, variants, count)
+    if todo and builder is None and not described.stopped:  # new captions gave variants that were there new addresses
+        builder = build(scan, recipe, captions, variants, models)
     wanted = len(images) * count
-    present = wanted - len(todo) - filtered
-    generated = 0
-    failed: list[Skipped] = []
+    work = Work(todo, stop)
     start = time.perf_counter()
-    stopped = described.stopped
-    if maker is not None and not stopped:
-        records = captions.get_many([image.key for image, _ in todo])
+    if builder is not None and not described.stopped:
         with tqdm(total=wanted, initial=wanted - len(todo), desc="variants", unit="img", disable=not progress) as bar:
-            for chunk in chunks(todo, models.batch_size):
-                if stop():
-                    stopped = True
-                    break
-                made, rejected, problems = make(chunk, records, maker)
-                generated, filtered = generated + made, filtered + rejected
-                failed += problems
-                bar.update(len(chunk))
-    seconds = time.perf_counter() - start
-    return GenerateReport(described, len(images), wanted, present, generated, filtered, tuple(failed), stopped, seconds)
+            work.run(builder, bar.update)
+    return GenerateReport(
+        captions=described,
+        images=len(images),
+        wanted=wanted,
+        present=wanted - len(todo) - filtered,
+        generated=work.generated,
+        filtered=filtered + work.filtered,
+        failed=tuple(work.failed),
+        stopped=described.stopped or work.stopped,
+        seconds=time.perf_counter() - start,
+    )
 
 
-def build_maker(
-    recipe: Recipe, captions: CaptionStore, variants: VariantStore, models: Models, labels: Sequence[str]
-) -> VariantMaker:
+def build(scan: Scan, recipe: Recipe, captions: CaptionStore, variants: VariantStore, models: Models) -> Builder:
     """Load the generator, with the class names and the CLIP model that its filters need."""
-    options = dict(models.options)
-    if models.generator is None:
-        scorer = models.scorer_for(recipe)
-        options = {"labels": list(labels)} | ({"clip": scorer} if isinstance(scorer, str) else {}) | options
-    return MakerSpec(recipe, variants, captions, device=models.device, generator=models.generator, options=options).build()
+    labels = sorted({image.file.label for image in scan.images})
+    spec = BuilderSpec(
+        recipe,
+        variants,
+        captions,
+        device=models.device,
+        generator=models.generator,
+        options=models.options,
+        scorer=models.scorer_for(recipe),
+        labels=labels,
+        batch_size=models.batch_size,
+    )
+    return spec.build()
 
 
-def make(
-    chunk: Sequence[tuple[KnownImage, int]], records: Mapping[str, CaptionRecord], maker: VariantMaker
-) -> tuple[int, int, list[Skipped]]:
-    """Make and store some variants: how many were made, how many filtered, and what failed."""
-    jobs: list[VariantJob] = []
-    places: list[Path] = []
-    problems = []
-    tensors: dict[str, Any] = {}
-    for image, number in chunk:
-        path, record = image.file.path, records.get(image.key)
-        try:
-            if image.key not in tensors:
-                tensors[image.key] = _load_same(image)
-        except ImageError as error:
-            problems.append(Skipped(path, str(error)))
-            continue
-        if record is None:  # it could be read when it was listed, but not when it was captioned
-            problems.append(Skipped(path, "it has no caption; run the command again"))
-            continue
-        scores = (record.similarity, record.rank)
-        jobs.append(VariantJob(image.key, number, tensors[image.key], image.file.label, record.caption, *scores))
-        places.append(path)
-    made = filtered = 0
-    for job, path, outcome in zip(jobs, places, maker(jobs) if jobs else [], strict=True):
+class Work:
+    """The variants that are to be made, handed to a builder one after the other, and what became of them.
+
+    Args:
+        todo: Images with the numbers of their variants.
+        stop: Asked before more is handed over.
+    """
+
+    def __init__(self, todo: Sequence[tuple[KnownImage, int]], stop: Callable[[], bool] = lambda: False) -> None:
+        self._waiting = deque(todo)
+        self._stop = stop
+        self._files: dict[tuple[str, int], KnownImage] = {}  # of what the builder has in work
+        self._pixels = 0
+        self._last: tuple[str, Tensor] | None = None
+        self.generated = self.filtered = 0
+        self.failed: list[Skipped] = []
+        self.stopped = False
+
+    def run(self, builder: Builder, done: Callable[[int], object] = lambda count: None) -> None:
+        """Make everything; ``done`` is told how many more are through.
+
+        Raises:
+            StoreError: Variants cannot be stored: to go on would be in vain.
+        """
+        through = 0
+        while self._waiting and not self.stopped:
+            for group in builder.stream(self._pull):
+                for wanted, outcome in group:
+                    self._take(builder, wanted, outcome)
+                now = self.generated + self.filtered + len(self.failed)
+                done(now - through)
+                through = now
+
+    def _pull(self, room: int) -> list[Wanted]:
+        taken: list[Wanted] = []
+        while self._waiting and len(taken) < room:
+            if self._stop():
+                self.stopped = True
+                break
+            image, number = self._waiting[0]
+            area = image.size[0] * image.size[1]
+            if self._files and self._pixels + area > _PIXELS:  # large originals: fewer of them at once
+                break
+            self._waiting.popleft()
+            try:
+                pixels = self._load(image)
+            except ImageError as error:
+                self.failed.append(Skipped(image.file.path, str(error)))
+                continue
+            self._files[image.key, number] = image
+            self._pixels += area
+            taken.append(Wanted(image.key, number, pixels, image.file.label))
+        return taken
+
+    def _take(self, builder: Builder, wanted: Wanted, outcome: Outcome) -> None:
+        image = self._files.pop(wanted.name)
+        self._pixels -= image.size[0] * image.size[1]
         if outcome.image is not None:
-            if not maker.variants.contains(maker.recipe, job.key, job.variant):
-                free = free_bytes(maker.variants.root) >> 20
-                raise StoreError(
-                    f"variants cannot be stored in {maker.variants.root} ({free} MiB are free there); "
-                    "make room, or choose another folder, and run the command again"
-                )
-            made += 1
-        elif outcome.error is not None or (outcome.reason or "").startswith("error"):
-            problems.append(Skipped(path, outcome.error or str(outcome.reason)))
+            root = builder.variants.root
+            raise StoreError(
+                f"variants cannot be stored in {root} ({free_bytes(root) >> 20} MiB are free there); "
+                "make room, or choose another folder, and run the command again"
+            )
+        if outcome.status is Status.FAILED:
+            self.failed.append(Skipped(image.file.path, outcome.reason))
+        elif outcome.status is Status.FILTERED:
+            self.filtered += 1
         else:
-            filtered += 1
-    return made, filtered, problems
+            self.generated += 1
 
-
-def _load_same(image: KnownImage) -> Any:
-    """The picture as a tensor, refused if the file has changed since its key was computed."""
-    picture = load_image(image.file.path)
-    if image_key(picture) != image.key:
-        raise ImageError("it was changed while the job ran; run the command again")
-    return to_uint8_chw(picture)
+    def _load(self, image: KnownImage) -> Tensor:
+        """The picture as a tensor, refused if the file has changed since its key was computed."""
+        if self._last is None or self._last[0] != image.key:
+            picture = load_image(image.file.path)
+            if image_key(picture) != image.key:
+                raise ImageError("it was changed while the job ran; run the command again")
+            self._last = image.key, to_uint8_chw(picture)
+        return self._last[1]

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -51,15 +51,29 @@ class Database:
         version: of the schema, kept in ``user_version``.
         schema: statement that creates the table.
         what: the thing's name in messages, such as "caption store".
+        upgrades: statements that bring a file of the version before to this one.
+        old: statement that makes such a file look like one of this version where it cannot be written.
     """
 
-    def __init__(self, path: Path, *, readonly: bool, application_id: int, version: int, schema: str, what: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        readonly: bool,
+        application_id: int,
+        version: int,
+        schema: str,
+        what: str,
+        upgrades: Sequence[str],
+        old: str,
+    ) -> None:
         self.path = path
         self.readonly = readonly
         self._application_id = application_id
         self._version = version
         self._schema = schema
         self._what = what
+        self._upgrades, self._old = tuple(upgrades), old
         self._local = threading.local()  # drops, and thereby closes, the handle of a thread that ends
         self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
 
@@ -117,6 +131,7 @@ class Database:
             connection.execute("PRAGMA synchronous=FULL")  # a completed write outlives a power cut, too
             if not self._is_ours(connection):
                 self._create(connection)
+            self._upgrade(connection)
             connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         except BaseException:
             connection.close()
@@ -138,6 +153,8 @@ class Database:
         connection = self._connect(mode)
         try:
             if self._is_ours(connection):
+                if connection.execute("PRAGMA user_version").fetchone()[0] < self._version:
+                    connection.execute(self._old)
                 connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
                 return connection
             raise StoreError(f"the {self._what} {self.path} is empty; open it without readonly=True to fill it")
@@ -178,6 +195,21 @@ class Database:
             if not self._is_ours(connection):  # asked again, now that nobody else can be creating it
                 connection.execute(self._schema)
                 connection.execute(f"PRAGMA application_id={self._application_id}")
+                connection.execute(f"PRAGMA user_version={self._version}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
+        if connection.execute("PRAGMA user_version").fetchone()[0] >= self._version:
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if connection.execute("PRAGMA user_version").fetchone()[0] < self._version:  # nobody else can be doing it now
+                for statement in self._upgrades:
+                    connection.execute(statement)
                 connection.execute(f"PRAGMA user_version={self._version}")
             connection.execute("COMMIT")
         except BaseException:

@@ -1,22 +1,23 @@
-"""Captions and similarities for a whole data set, once; what is there already is kept."""
+"""Captions and similarities for a whole data set, once; what is there already, and still holds, is kept."""
 
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
-from sgid_transforms.building.factory import Describer
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
+from sgid_transforms.files import job_identity, try_lock
 from sgid_transforms.images.datasets import RawImages, RawSample
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.labels import label_name
-from sgid_transforms.recipe.prompts import parse_template
-from sgid_transforms.service.process import job_identity
-from sgid_transforms.transforms.state import try_lock
+from sgid_transforms.recipe.prompts import build_prompt, parse_template
+
+_log = logging.getLogger("sgid_transforms")
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class PrepareReport:
     """What :func:`prepare` did.
 
     Args:
-        images: items of the data set.
-        captioned: distinct images that were captioned.
-        scored: distinct images whose similarity was computed.
-        known: items about which everything was known.
-        failed: index and reason of each item that could not be read.
+        images: Items of the data set.
+        captioned: Distinct images that were captioned.
+        scored: Distinct images whose similarity was computed.
+        known: Items about which everything was known.
+        failed: Index and reason of each item that could not be read.
+        changed: How many images were done again, by what had changed: ``captioner``, ``scorer``, ``label``, ``prompt``.
     """
 
     images: int
@@ -36,23 +38,95 @@ class PrepareReport:
     scored: int = 0
     known: int = 0
     failed: tuple[tuple[int, str], ...] = ()
+    changed: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pending:
+class Describer:
+    """Captions images and scores them against their prompts; the models are loaded at the first call.
+
+    Args:
+        template: The recipe's prompt template.
+        captioner: Id of the captioner, or an object with ``caption(images)``.
+        scorer: Id of the CLIP model, or an object with ``image_text(images, texts)``; None: no scores.
+        device: Where both run, if they are loaded here.
+        batch_size: Images per forward pass.
+    """
+
+    def __init__(self, template: str, captioner: Any, scorer: Any, device: str = "cpu", batch_size: int = 32) -> None:
+        self.template, self.captioner, self.scorer = template, captioner, scorer
+        self.device, self.batch_size = device, batch_size
+        self.name = _name(captioner)
+        self.scorer_name = None if scorer is None else _name(scorer)
+        self._captioner: Any = None if isinstance(captioner, str) else captioner
+        self._scorer: Any = None if isinstance(scorer, str) else scorer
+
+    def caption(self, images: Sequence[torch.Tensor]) -> list[str]:
+        """One caption per uint8 ``(3, H, W)`` image."""
+        if self._captioner is None:
+            from sgid_transforms.models.captioner import Captioner
+
+            self._captioner = Captioner(self.captioner, device=self.device, batch_size=self.batch_size)
+        return list(self._captioner.caption(images))
+
+    def prompt(self, label: str | None, caption: str) -> str:
+        """The text that an image is scored against."""
+        return build_prompt(self.template, label, caption) if label else caption
+
+    def score(self, images: Sequence[torch.Tensor], prompts: Sequence[str]) -> list[float | None]:
+        """CLIP cosine of each image and its prompt; None without a scorer."""
+        if self.scorer is None:
+            return [None] * len(images)
+        if self._scorer is None:
+            from sgid_transforms.models.clip import CLIPScorer
+
+            self._scorer = CLIPScorer(self.scorer, device=self.device)
+        return [float(value) for value in self._scorer.image_text(list(images), list(prompts))] if images else []
+
+    def describe(self, known: Sequence[tuple[CaptionRecord, torch.Tensor]]) -> list[CaptionRecord]:
+        """Complete records: an empty captioner means that the caption is to be written, everything is scored.
+
+        Args:
+            known: Records, as far as they go, with their images, uint8 ``(3, H, W)``.
+        """
+        bare = [index for index, (record, _) in enumerate(known) if not record.captioner and not record.caption]
+        records = [record for record, _ in known]
+        for index, text in zip(bare, self.caption([known[i][1] for i in bare]) if bare else (), strict=True):
+            records[index] = replace(records[index], caption=text, captioner=self.name, source="model")
+        prompts = [self.prompt(record.label, record.caption) for record in records]
+        scores = self.score([image for _, image in known], prompts)
+        return [
+            replace(record, similarity=score, rank=None, scorer=self.scorer_name, prompt=prompt)
+            if score is not None
+            else record
+            for record, score, prompt in zip(records, scores, prompts, strict=True)
+        ]
+
+
+class Entry(NamedTuple):
+    """One image that is to have a record.
+
+    Args:
+        key: Of the image.
+        label: Its class name in words.
+        path: Of its file.
+        load: Returns the picture, in any form that has a key; raises ``ImageError`` where it cannot be read any more.
+    """
+
     key: str
-    image: torch.Tensor
     label: str | None
     path: str | None
-    known: CaptionRecord | None
+    load: Callable[[], Any]
 
 
 @dataclass
-class _Tally:
+class Tally:
+    """What was done so far."""
+
     captioned: int = 0
     scored: int = 0
     known: int = 0
-    failed: list[tuple[int, str]] = field(default_factory=list)
+    failed: list[tuple[str | None, str]] = field(default_factory=list)
+    changed: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(
@@ -71,8 +145,9 @@ def prepare(
 ) -> PrepareReport:
     """Caption every image of a map-style data set, score it against its prompt, and rank the scores.
 
-    Interrupted, it goes on where it was; called again with more images, it does the new ones only (ranks are of the whole
-    store, and so change a little). Ranks of a distributed job may all call it: the first one works, the others wait.
+    Resumes after an interruption. Called again, it does what is new, and again what no longer holds: captions of another
+    captioner, and scores of another scorer, template, label or caption. Captions by people stay. Ranks of a distributed job may
+    all call it: the first one works, the others wait.
 
     Args:
         dataset: Items are an image with a label, as a tuple or dict. A ``transform`` that is set is looked past.
@@ -97,84 +172,130 @@ def prepare(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     images = RawImages(dataset, stop or type(None))
     _check_repeatable(images, key)
+    describer = Describer(template, captioner, scorer, device, batch_size)
+    needs_label = any(name == "label" for _, name in parse_template(template))
+    failed: list[tuple[int, str]] = []
     lock = try_lock(f"{os.fspath(captions.path)}.lock", wait=True)
     try:
-        job = job_identity(str(captions.path), str(len(images)))
+        job = job_identity(str(captions.path), images.identity(key))
         if lock is not None and job is not None and os.pread(lock, 200, 0) == job.encode():
             return PrepareReport(len(images), known=len(images))  # another rank of this job has just done it
-        needs_label = any(name == "label" for _, name in parse_template(template))
-        describer = Describer(template, captioner, scorer, device, batch_size)
-        tally = _run(images, captions, describer, class_names, key, needs_label, batch_size, progress)
-        if tally.scored:
-            captions.set_ranks()
+        with tqdm(total=len(images), desc="captions", unit="img", disable=not progress) as bar:
+
+            def entries() -> Iterator[Entry]:
+                for index in range(len(images)):
+                    try:
+                        sample = images[index]
+                        name = key(sample.image)
+                    except (OSError, ValueError, TypeError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+                        failed.append((index, f"{type(error).__name__}: {error}"))
+                    else:
+                        label = _name_of(sample, class_names, needs_label)
+                        yield Entry(name, label, sample.path, lambda image=sample.image: image)  # type: ignore[misc]
+                    bar.update()
+
+            tally = complete(entries(), captions, describer)
         if lock is not None and job is not None:
             os.ftruncate(lock, 0)
             os.pwrite(lock, job.encode(), 0)
     finally:
         if lock is not None:
             os.close(lock)
-    return PrepareReport(len(images), tally.captioned, tally.scored, tally.known, tuple(tally.failed))
+    return PrepareReport(len(images), tally.captioned, tally.scored, tally.known, tuple(failed), tally.changed)
 
 
-def _run(
-    images: RawImages,
+def complete(
+    entries: Iterable[Entry],
     captions: CaptionStore,
     describer: Describer,
-    class_names: Mapping[str, str] | Sequence[str] | None,
-    key: Callable[[Any], str],
-    needs_label: bool,
-    batch_size: int,
-    progress: bool,
-) -> _Tally:
-    tally = _Tally()
-    pending: dict[str, _Pending] = {}
-    read: list[tuple[str, RawSample]] = []
-    with tqdm(total=len(images), desc="captions", unit="img", disable=not progress) as bar:
-        for index in range(len(images)):
-            try:
-                sample = images[index]
-                read.append((key(sample.image), sample))
-            except (OSError, ValueError, TypeError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-                tally.failed.append((index, f"{type(error).__name__}: {error}"))
-            if len(read) == batch_size or index == len(images) - 1:
-                records = captions.get_many([name for name, _ in read])
-                for name, one in read:
-                    label = _name_of(one, class_names, needs_label)
-                    known = records.get(name)
-                    complete = known is not None and (known.similarity is not None or describer.scorer is None)
-                    if complete and (known is None or known.label is not None or label is None):
-                        tally.known += 1
-                    elif name not in pending:
-                        pending[name] = _Pending(name, to_uint8_chw(one.image), label, one.path, known)
-                read.clear()
-            if len(pending) >= batch_size or index == len(images) - 1:
-                _flush(list(pending.values()), captions, describer, tally)
-                pending.clear()
-            bar.update()
+    stopped: Callable[[], bool] = lambda: False,
+) -> Tally:
+    """Bring the records of some images up to date, batch by batch, and rank the new similarities.
+
+    What is unknown is captioned and scored; what no longer holds is done again, and said in one line.
+
+    Args:
+        entries: The images.
+        captions: Where their records are.
+        describer: Writes captions and scores.
+        stopped: Whether the entries ended too early: ranks are of the whole data set, and once given they stay.
+    """
+    tally = Tally()
+    waiting: list[Entry] = []
+    pending: dict[str, tuple[CaptionRecord, torch.Tensor]] = {}
+
+    def decide() -> None:
+        records = captions.get_many([entry.key for entry in waiting])
+        for entry in waiting:
+            known = records.get(entry.key)
+            stale = None if known is None else _stale(known, entry, describer)
+            if stale == "":
+                tally.known += 1
+            elif entry.key not in pending:
+                record = _to_do(known, entry, stale)
+                try:
+                    pending[entry.key] = (record, to_uint8_chw(entry.load()))
+                except (OSError, ValueError) as error:
+                    tally.failed.append((entry.path, str(error)))
+                    continue
+                tally.captioned += not record.captioner and not record.caption
+                if stale and stale != "score":
+                    tally.changed[stale] = tally.changed.get(stale, 0) + 1
+        waiting.clear()
+
+    def flush() -> None:
+        if pending:
+            done = describer.describe(list(pending.values()))
+            captions.put_many(done)
+            tally.scored += sum(record.similarity is not None for record in done) if describer.scorer is not None else 0
+            pending.clear()
+
+    for entry in entries:
+        waiting.append(entry)
+        if len(waiting) >= describer.batch_size:
+            decide()
+        if len(pending) >= describer.batch_size:
+            flush()
+    decide()
+    flush()
+    if not stopped() and (tally.scored or _lacks_ranks(captions)):
+        captions.set_ranks(keep=True)
+    if tally.changed:
+        parts = ", ".join(f"{count} by another {what}" for what, count in sorted(tally.changed.items()))
+        _log.warning("images described anew: %s; what was generated after the old texts is not used any more", parts)
     return tally
 
 
-def _flush(pending: list[_Pending], captions: CaptionStore, describer: Describer, tally: _Tally) -> None:
-    bare = [one for one in pending if one.known is None]
-    texts = {one.key: one.known.caption for one in pending if one.known is not None}
-    if bare:
-        texts.update(zip((one.key for one in bare), describer.caption([one.image for one in bare]), strict=True))
-    labels = [one.label or (one.known.label if one.known else None) for one in pending]
-    scores = describer.score([one.image for one in pending], labels, [texts[one.key] for one in pending]) if pending else []
-    captions.put_many(
-        CaptionRecord(
-            one.key,
-            texts[one.key],
-            label=label,
-            similarity=score,
-            captioner=describer.name if one.known is None else one.known.captioner,
-            source="model" if one.known is None else one.known.source,
-            path=one.path,
-        )
-        for one, label, score in zip(pending, labels, scores, strict=True)
-    )
-    tally.captioned += len(bare)
-    tally.scored += sum(score is not None for score in scores)
+def _stale(known: CaptionRecord, entry: Entry, describer: Describer) -> str | None:
+    """What no longer holds of a record: ``""`` for nothing, ``"score"`` for a score that was never there."""
+    if known.source == "model" and known.captioner and known.captioner != describer.name:
+        return "captioner"
+    if entry.label is not None and known.label != entry.label:
+        return "label" if known.label is not None else "score"
+    if describer.scorer is None:
+        return ""
+    if known.similarity is None:
+        return "score"
+    if known.scorer != describer.scorer_name:
+        return "scorer" if known.scorer is not None else "score"
+    return "" if known.prompt == describer.prompt(known.label, known.caption) else "prompt"
+
+
+def _to_do(known: CaptionRecord | None, entry: Entry, stale: str | None) -> CaptionRecord:
+    """The record as far as it still holds; without a caption where one is to be written."""
+    if known is None or stale == "captioner":
+        label = entry.label if entry.label is not None or known is None else known.label
+        return CaptionRecord(entry.key, "", label=label, path=entry.path)
+    label = entry.label if entry.label is not None else known.label
+    return replace(known, label=label, path=entry.path or known.path, similarity=None, rank=None)
+
+
+def _lacks_ranks(captions: CaptionStore) -> bool:
+    return any(record.similarity is not None and record.rank is None for record in captions)
+
+
+def _name(model: Any) -> str:
+    return model if isinstance(model, str) else str(getattr(model, "id", type(model).__name__))
 
 
 def _name_of(sample: RawSample, class_names: Mapping[str, str] | Sequence[str] | None, needed: bool) -> str | None:

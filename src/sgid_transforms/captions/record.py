@@ -12,7 +12,7 @@ SOURCES: tuple[Source, ...] = ("model", "human", "import")
 MAX_KEY = 512
 MAX_TEXT = 2**20
 
-COLUMNS = ("key", "caption", "label", "similarity", "rank", "captioner", "source", "path")
+COLUMNS = ("key", "caption", "label", "similarity", "rank", "captioner", "source", "path", "scorer", "prompt")
 """The fields of a record, in the order of the table's columns."""
 
 
@@ -29,6 +29,8 @@ class CaptionRecord:
         captioner: id of the model, or of the person, that wrote the caption.
         source: ``"human"`` captions are never replaced by the others.
         path: of the image file, as the data set has it.
+        scorer: id of the model that measured the similarity.
+        prompt: the text that the similarity was measured with: label and caption in the recipe's template.
     """
 
     key: str
@@ -39,6 +41,8 @@ class CaptionRecord:
     captioner: str = ""
     source: Source = "model"
     path: str | None = None
+    scorer: str | None = None
+    prompt: str | None = None
 
 
 def to_row(record: CaptionRecord) -> tuple[object, ...]:
@@ -63,6 +67,8 @@ def to_row(record: CaptionRecord) -> tuple[object, ...]:
         _text("captioner", record.captioner),
         record.source,
         _path(record.path),
+        _text("scorer", record.scorer),
+        _text("prompt", record.prompt),
     )
 
 
@@ -70,7 +76,7 @@ def from_row(row: tuple[Any, ...]) -> CaptionRecord:
     """A record out of the columns ``COLUMNS``."""
     path = row[7]
     if isinstance(path, bytes):
-        row = (*row[:7], os.fsdecode(path))
+        row = (*row[:7], os.fsdecode(path), *row[8:])
     return CaptionRecord(*row)
 
 

@@ -5,26 +5,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sgid_transforms.captions import exchange
 from sgid_transforms.captions.database import Database
 from sgid_transforms.captions.record import COLUMNS, CaptionRecord, check_key, from_row, to_row
 from sgid_transforms.errors import StoreError
 from sgid_transforms.recipe.guidance import rank_similarities
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x53474944  # "SGID"
 _SCHEMA = """
 CREATE TABLE captions (
     key TEXT PRIMARY KEY NOT NULL, caption TEXT NOT NULL, label TEXT, similarity REAL, rank REAL,
-    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT
+    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT
 ) WITHOUT ROWID
 """
+_UPGRADES = ("ALTER TABLE captions ADD COLUMN scorer TEXT", "ALTER TABLE captions ADD COLUMN prompt TEXT")
+_OLD = "CREATE TEMP VIEW captions AS SELECT *, NULL AS scorer, NULL AS prompt FROM main.captions"
 _ALL = ", ".join(COLUMNS)
 _GET = f"SELECT {_ALL} FROM captions WHERE key = ?"
 _CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
 
 _UPSERT = f"""
-INSERT INTO captions ({_ALL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO captions ({_ALL}) VALUES ({", ".join("?" * len(COLUMNS))})
 ON CONFLICT (key) DO UPDATE SET
     caption = CASE WHEN %(take)s THEN excluded.caption ELSE caption END,
     captioner = CASE WHEN %(take)s THEN excluded.captioner ELSE captioner END,
@@ -38,7 +42,17 @@ ON CONFLICT (key) DO UPDATE SET
         WHEN excluded.caption = caption AND COALESCE(excluded.similarity = similarity, TRUE)
             THEN COALESCE(%(first)srank, %(second)srank)
         WHEN excluded.caption = caption THEN %(first)srank
-        WHEN %(take)s THEN excluded.rank ELSE rank END
+        WHEN %(take)s THEN excluded.rank ELSE rank END,
+    scorer = CASE
+        WHEN excluded.caption = caption THEN CASE
+            WHEN COALESCE(%(first)ssimilarity, %(second)ssimilarity) IS %(first)ssimilarity THEN %(first)sscorer
+            ELSE %(second)sscorer END
+        WHEN %(take)s THEN excluded.scorer ELSE scorer END,
+    prompt = CASE
+        WHEN excluded.caption = caption THEN CASE
+            WHEN COALESCE(%(first)ssimilarity, %(second)ssimilarity) IS %(first)ssimilarity THEN %(first)sprompt
+            ELSE %(second)sprompt END
+        WHEN %(take)s THEN excluded.prompt ELSE prompt END
 """
 # "take" says whether the new record's text is taken; scores belong to one text. "first" is the side whose fields come first.
 _PUT = _UPSERT % {
@@ -80,6 +94,8 @@ class CaptionStore:
             version=SCHEMA_VERSION,
             schema=_SCHEMA,
             what="caption store",
+            upgrades=_UPGRADES,
+            old=_OLD,
         )
 
     @property
@@ -156,18 +172,27 @@ class CaptionStore:
         with self._database.writing() as connection:
             connection.executemany("UPDATE captions SET similarity = ?, rank = NULL WHERE key = ?", rows)
 
-    def set_ranks(self) -> int:
-        """Rank the similarities of the whole store to [0, 1], equal ones alike; returns how many there are.
+    def set_ranks(self, *, keep: bool = False) -> int:
+        """Rank the similarities of the whole store to [0, 1], equal ones alike; returns how many ranks were set.
 
-        Records without a similarity get no rank.
+        Similarities of different scorers do not compare: those of each are ranked among themselves. Records without a
+        similarity get no rank.
+
+        Args:
+            keep: leave the ranks that are there, and place the others among them. Variants are made by an image's rank, so it
+                must not change when more images come. Only where fewer than half of the similarities have a rank, all are
+                ranked anew.
         """
         with self._database.writing() as connection:
-            rows = connection.execute("SELECT key, similarity FROM captions WHERE similarity IS NOT NULL").fetchall()
-            ranks = rank_similarities([similarity for _, similarity in rows])
             connection.execute("UPDATE captions SET rank = NULL WHERE similarity IS NULL AND rank IS NOT NULL")
-            pairs = zip(ranks, (key for key, _ in rows), strict=True)
-            connection.executemany("UPDATE captions SET rank = ? WHERE key = ?", pairs)
-        return len(rows)
+            rows = connection.execute(
+                "SELECT scorer, key, similarity, rank FROM captions WHERE similarity IS NOT NULL"
+            ).fetchall()
+            ranks: list[tuple[float | None, str]] = []
+            for scorer in {row[0] for row in rows}:
+                ranks += _ranked([row[1:] for row in rows if row[0] == scorer], keep=keep)
+            connection.executemany("UPDATE captions SET rank = ? WHERE key = ?", ranks)
+        return len(ranks)
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove the records of ``keys``, human ones as well, so that they are captioned again."""
@@ -259,6 +284,17 @@ class CaptionStore:
     def close(self) -> None:
         """Close this process's connections; the next use opens the file again."""
         self._database.close()
+
+
+def _ranked(rows: Sequence[tuple[str, float, float | None]], *, keep: bool) -> list[tuple[float | None, str]]:
+    """(rank, key) for those of (key, similarity, rank) rows whose rank is to be set."""
+    known = sorted((similarity, rank) for _, similarity, rank in rows if rank is not None)
+    if not keep or 2 * len(known) < len(rows):
+        ranks = rank_similarities([similarity for _, similarity, _ in rows])
+        return list(zip(ranks, (key for key, _, _ in rows), strict=True))
+    similarities, places = zip(*known, strict=True) if known else ((), ())
+    new = [(key, similarity) for key, similarity, rank in rows if rank is None]
+    return [(float(np.interp(similarity, similarities, places)), key) for key, similarity in new]
 
 
 def _chunks(keys: Iterable[str]) -> Iterator[Sequence[str]]:

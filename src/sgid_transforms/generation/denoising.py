@@ -20,7 +20,6 @@ from sgid_transforms.generation.schedule import Schedule, Step, Trajectory
 class Sample:
     """One request on its way through the model."""
 
-    index: int
     request: GenerationRequest
     size: tuple[int, int]
     trajectory: Trajectory

@@ -1,4 +1,4 @@
-"""The native engine: unlike requests through one UNet, in full batches.
+"""The native engine: heterogeneous requests through one UNet, in full batches.
 
 A diffusers pipeline shares one strength and one guidance scale within a call. Here every sample carries its own: it
 stands at a timestep of its own, is guided by a scale of its own (at a scale of 1 or below, without the unconditional
@@ -7,9 +7,8 @@ half), and leaves when it is done, so that a waiting one takes its place (contin
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -22,11 +21,12 @@ from sgid_transforms.generation.batching import BatchLimit, longest_first, run_i
 from sgid_transforms.generation.conditioning import PromptEncoder
 from sgid_transforms.generation.denoising import Denoiser, Sample
 from sgid_transforms.generation.latents import LatentCache, LatentCodec
-from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, check_image
+from sgid_transforms.generation.requests import Answers, GenerationRequest, Pull, RejectedImageError, check_image, pull_from
 from sgid_transforms.generation.schedule import Schedule, Step, Trajectory, resolve_sampler
 from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
 from sgid_transforms.generation.support import memory_formats, native_resolution, obstacle, place
 
+_KEPT_PROMPTS = 256
 _IN_FLIGHT = 4  # batches of samples that are held at once: enough to keep batches full, small beside the model
 
 
@@ -66,6 +66,15 @@ class EngineStats:
         return self.unet_rows / self.row_capacity if self.row_capacity else 0.0
 
 
+@dataclass(eq=False)
+class _Shelf:
+    """The samples of one working size, which share the UNet's batches."""
+
+    pool: list[Sample] = field(default_factory=list)
+    finished: list[Sample] = field(default_factory=list)
+    passed_over: int = 0  # steps that went to other sizes since
+
+
 class NativeEngine:
     """Runs requests through a Stable Diffusion pipeline's own modules (SD 1.x, 2.x, Turbo, LCM, SDXL).
 
@@ -91,7 +100,6 @@ class NativeEngine:
         channels_last: whether UNet and VAE run in that memory format; ``None``: both on an accelerator, the VAE alone on a CPU.
         latent_cache: folder for encoded input images, or ``None`` for no cache.
         row_sizes: row counts to which UNet calls are padded, so that compiled code meets few shapes; ``None``: no padding.
-        prompt_cache: number of encoded texts that are kept.
 
     Raises:
         ModelLoadError: the pipeline is not one that this engine can run.
@@ -113,7 +121,6 @@ class NativeEngine:
         channels_last: bool | None = None,
         latent_cache: str | PathLike[str] | None = None,
         row_sizes: Sequence[int] | None = None,
-        prompt_cache: int = 256,
     ) -> None:
         reason = obstacle(pipeline)
         if reason:
@@ -140,7 +147,7 @@ class NativeEngine:
         self._multiple = int(pipeline.vae_scale_factor) * 2 ** (len(config.block_out_channels) - 1)
         self._resolution = resolution if resolution is not None else native_resolution(config, pipeline.vae_scale_factor)
         check_resolution(self._resolution, self._multiple)
-        self._prompts = PromptEncoder(pipeline, prompt_cache)
+        self._prompts = PromptEncoder(pipeline, _KEPT_PROMPTS)
         self._codec = LatentCodec(pipeline.vae, formats.vae)
         self._cache = LatentCache(latent_cache, pipeline.vae) if latent_cache is not None else None
         self._unet_limit = BatchLimit(2 * batch_size)
@@ -196,32 +203,95 @@ class NativeEngine:
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[Tensor | Exception]:
         """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it met."""
-        results: dict[int, Tensor | Exception] = {}
-        buckets: dict[tuple[int, int], deque[Sample]] = {}
-        for index, request in enumerate(requests):
-            try:
-                sample = self._accept(index, request)
-            except Exception as error:
-                results[index] = error
-            else:
-                buckets.setdefault(sample.size, deque()).append(sample)
-        self._denoiser.locate()
-        with torch.no_grad(), torch.autocast(self._denoiser.device.type, enabled=False):
-            for waiting in buckets.values():
-                self._run_bucket(waiting, results)
-        answers = [results[index] for index in range(len(requests))]
-        failures = sum(isinstance(answer, Exception) for answer in answers)
-        self._stats.failures += failures
-        self._stats.images += len(answers) - failures
-        return answers
+        unique = list(dict.fromkeys(requests))
+        answers = {request: answer for group in self.stream(pull_from(unique)) for request, answer in group}
+        return [answers[request] for request in requests]
 
-    def _accept(self, index: int, request: GenerationRequest) -> Sample:
+    def stream(self, pull: Pull) -> Iterator[Answers]:
+        """Pull requests whenever there is room for them, and yield each decoded batch; see `Engine.stream`."""
+        shelves: dict[tuple[int, int], _Shelf] = {}
+        self._denoiser.locate()
+        while True:
+            held = sum(len(shelf.pool) + len(shelf.finished) for shelf in shelves.values())
+            answers: Answers = []
+            if held <= (_IN_FLIGHT - 1) * self.batch_size:
+                answers += self._take(pull(_IN_FLIGHT * self.batch_size - held), shelves)
+            working = [shelf for shelf in shelves.values() if shelf.pool]
+            if working:
+                # The fullest batch first; a size that few requests have waits a while for more of them, and then goes ahead.
+                shelf = max(
+                    working, key=lambda one: min(sum(s.rows for s in one.pool), self._unet_limit.value) + one.passed_over
+                )
+                for one in working:
+                    one.passed_over = 0 if one is shelf else one.passed_over + 1
+                answers += self._with_grad_off(self._advance, shelf)
+            for shelf in shelves.values():
+                while len(shelf.finished) >= self.batch_size or (shelf.finished and not shelf.pool):
+                    group, shelf.finished = shelf.finished[: self.batch_size], shelf.finished[self.batch_size :]
+                    images = self._with_grad_off(run_isolated, self._decode, group, self._decode_limit)
+                    answers += [(sample.request, image) for sample, image in zip(group, images, strict=True)]
+            if answers:
+                failures = sum(isinstance(answer, Exception) for _, answer in answers)
+                self._stats.failures += failures
+                self._stats.images += len(answers) - failures
+                yield answers
+            elif not working:
+                return
+            shelves = {size: shelf for size, shelf in shelves.items() if shelf.pool or shelf.finished}
+
+    def _with_grad_off(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``work`` without gradients and autocast; a generator must not leave such a state behind between its items."""
+        with torch.no_grad(), torch.autocast(self._denoiser.device.type, enabled=False):
+            return work(*arguments)
+
+    def _take(self, requests: Sequence[GenerationRequest], shelves: dict[tuple[int, int], _Shelf]) -> Answers:
+        """Put requests on the shelves of their sizes, ready to be denoised; returns those that failed at it."""
+        failed: Answers = []
+        groups: dict[tuple[int, int], list[Sample]] = {}
+        for request in requests:
+            try:
+                sample = self._accept(request)
+            except Exception as error:
+                failed.append((request, error))
+            else:
+                groups.setdefault(sample.size, []).append(sample)
+        for size, samples in groups.items():
+            shelf = shelves.setdefault(size, _Shelf())
+            for start in range(0, len(samples), self.batch_size):
+                ready, lost = self._with_grad_off(self._start, samples[start : start + self.batch_size])
+                shelf.pool += ready
+                failed += lost
+        return failed
+
+    def _advance(self, shelf: _Shelf) -> Answers:
+        """One step for as many samples as fit; returns those that failed at it."""
+        pool = shelf.pool
+        chosen = longest_first([s.remaining for s in pool], [s.rows for s in pool], self._unet_limit.value)
+        active = [pool[i] for i in chosen]
+        outcomes = run_isolated(self._denoiser.step, active, self._unet_limit, cost=lambda s: s.rows)
+        failed: Answers = []
+        gone: set[Sample] = set()
+        for sample, outcome in zip(active, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                failed.append((sample.request, outcome))
+                gone.add(sample)
+            else:
+                sample.latents, sample.previous_x0 = outcome
+                sample.noise = None
+                sample.step += 1
+                if not sample.remaining:
+                    shelf.finished.append(sample)
+                    gone.add(sample)
+        shelf.pool = [sample for sample in pool if sample not in gone]
+        return failed
+
+    def _accept(self, request: GenerationRequest) -> Sample:
         check_image(request.image)
         trajectory = self._schedule.trajectory(request.strength)
         height, width = request.image.shape[-2:]
         size = working_size(height, width, self._resolution, self._multiple)
         generator = torch.Generator().manual_seed(request.seed)
-        return Sample(index, request, size, trajectory, self._guided_steps(request, trajectory), generator)
+        return Sample(request, size, trajectory, self._guided_steps(request, trajectory), generator)
 
     def _guided_steps(self, request: GenerationRequest, trajectory: Trajectory) -> tuple[bool, ...]:
         if request.guidance_scale <= 1 or self._embeds_guidance:
@@ -229,42 +299,15 @@ class NativeEngine:
         low, high = self._interval
         return tuple(low <= level <= high for level in trajectory.levels)
 
-    def _run_bucket(self, waiting: deque[Sample], results: dict[int, Tensor | Exception]) -> None:
-        """Run samples of one working size to their ends, filling ``results``."""
-        pool: list[Sample] = []
-        finished: list[Sample] = []
-        while waiting or pool or finished:
-            while waiting and len(pool) <= (_IN_FLIGHT - 1) * self.batch_size:
-                group = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
-                pool += self._start(group, results)
-            if pool:
-                chosen = longest_first([s.remaining for s in pool], [s.rows for s in pool], self._unet_limit.value)
-                active = [pool[i] for i in chosen]
-                outcomes = run_isolated(self._denoiser.step, active, self._unet_limit, cost=lambda s: s.rows)
-                failed = set()
-                for sample, outcome in zip(active, outcomes, strict=True):
-                    if isinstance(outcome, Exception):
-                        results[sample.index] = outcome
-                        failed.add(sample.index)
-                    else:
-                        sample.latents, sample.previous_x0 = outcome
-                        sample.noise = None
-                        sample.step += 1
-                finished += [s for s in active if s.index not in failed and not s.remaining]
-                pool = [s for s in pool if s.index not in failed and s.remaining]
-            while len(finished) >= self.batch_size or (finished and not pool and not waiting):
-                group, finished = finished[: self.batch_size], finished[self.batch_size :]
-                for sample, image in zip(group, run_isolated(self._decode, group, self._decode_limit), strict=True):
-                    results[sample.index] = image
-
-    def _start(self, group: list[Sample], results: dict[int, Tensor | Exception]) -> list[Sample]:
-        """Embed prompts, encode images and add noise; what fails goes to ``results``, the rest comes back."""
+    def _start(self, group: list[Sample]) -> tuple[list[Sample], Answers]:
+        """Embed prompts, encode images and add noise; returns the samples that are ready, and those that failed."""
+        failed: Answers = []
 
         def keep(samples: list[Sample], outcomes: Sequence[Any], store: Callable[[Sample, Any], None]) -> list[Sample]:
             kept = []
             for sample, outcome in zip(samples, outcomes, strict=True):
                 if isinstance(outcome, Exception):
-                    results[sample.index] = outcome
+                    failed.append((sample.request, outcome))
                 else:
                     store(sample, outcome)
                     kept.append(sample)
@@ -274,11 +317,12 @@ class NativeEngine:
         guided = [s for s in group if any(s.guided)]
         texts = [(s.request.prompt, False) for s in group] + [(s.request.negative_prompt, True) for s in guided]
         embeddings = self._prompts.get(texts, self._text_limit)
-        negatives = dict(zip((s.index for s in guided), embeddings[len(group) :], strict=True))
+        negatives = dict(zip(guided, embeddings[len(group) :], strict=True))
         group = keep(group, embeddings[: len(group)], lambda s, e: setattr(s, "prompt", e))
-        group = keep(group, [negatives.get(s.index) for s in group], lambda s, e: setattr(s, "negative", e))
+        group = keep(group, [negatives.get(s) for s in group], lambda s, e: setattr(s, "negative", e))
         group = keep(group, run_isolated(self._encode, group, self._encode_limit), lambda s, e: setattr(s, "encoded", e))
-        return keep(group, run_isolated(self._noised, group, self._encode_limit), lambda s, e: setattr(s, "latents", e))
+        group = keep(group, run_isolated(self._noised, group, self._encode_limit), lambda s, e: setattr(s, "latents", e))
+        return group, failed
 
     def _encode(self, group: list[Sample]) -> list[tuple[Tensor, ...]]:
         device = self._denoiser.device
@@ -327,4 +371,4 @@ class NativeEngine:
 
 
 def _name(sample: Sample) -> str:
-    return repr(sample.request.id) if sample.request.id else f"number {sample.index}"
+    return repr(sample.request.id) if sample.request.id else "without a name"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -15,7 +16,15 @@ from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.adapters import PipelineAdapter
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.filters import ImageFilter, Verdict, needs_clip, retry_seed, retry_strength
-from sgid_transforms.generation.requests import Engine, GenerationRequest, GenerationResult, RejectedImageError
+from sgid_transforms.generation.requests import (
+    Engine,
+    GenerationRequest,
+    GenerationResult,
+    Pull,
+    RejectedImageError,
+    in_batches,
+    pull_from,
+)
 from sgid_transforms.models.clip import CLIPScorer
 from sgid_transforms.models.loading import compile_pipeline, default_dtype, load_pipeline, padded_sizes
 from sgid_transforms.recipe.recipe import Filters, Recipe
@@ -47,32 +56,6 @@ class GeneratorStats:
     def retries(self) -> int:
         """Attempts beyond the first one of each request that could be run."""
         return self.attempts - (self.images + self.filtered + self.errors)
-
-
-@dataclass
-class _Task:
-    """A request on its way through its attempts."""
-
-    index: int
-    original: GenerationRequest
-    current: GenerationRequest
-    attempt: int = 0
-    rejected: tuple[str, ...] = ()
-    evaluations: int = 0
-
-    def result(self, image: Tensor | None, reason: str | None, verdict: Verdict | None = None) -> GenerationResult:
-        verdict = verdict or Verdict()
-        return GenerationResult(
-            image=image,
-            reason=reason,
-            seed=self.current.seed,
-            strength=self.current.strength,
-            attempt=self.attempt,
-            rejected=self.rejected,
-            label_score=verdict.label_score,
-            image_similarity=verdict.image_similarity,
-            unet_evaluations=self.evaluations,
-        )
 
 
 class Generator:
@@ -120,11 +103,10 @@ class Generator:
         batch_size: int | str = "auto",
         *,
         labels: Sequence[str] | None = None,
-        clip: str = "tiny",
+        clip: Any = "tiny",
         channels_last: bool | None = None,
         compile: bool = False,
         latent_cache: str | PathLike[str] | None = None,
-        call_options: Mapping[str, Any] | None = None,
         pipeline: Any = None,
         **loading: Any,
     ) -> Generator:
@@ -137,14 +119,13 @@ class Generator:
             batch_size: samples in one call of the model; ``"auto"``: what the device's free memory suggests. It is halved
                 when memory runs out.
             labels: class names of the data set, for the label check.
-            clip: the CLIP model of the filters: ``"tiny"``, a folder, or a hub id.
+            clip: the CLIP model of the filters: ``"tiny"``, a folder, a hub id, or a `CLIPScorer`.
             channels_last: memory format of the native path; ``None``: what is faster on the device.
             compile: compile the network's repeated blocks, and pad batches to few sizes.
             latent_cache: folder for encoded input images, reused by further variants; native path only.
-            call_options: further keyword arguments for every call of a pipeline that is not run natively.
-            pipeline: a loaded pipeline to use instead of loading the recipe's model.
-            loading: further arguments of `load_pipeline`, such as ``attention``, ``lora``, ``tiny_vae``, ``cpu_offload``.
-                What changes pixels is not part of the recipe's fingerprint: give such variants a folder of their own.
+            pipeline: a loaded pipeline to use instead of loading the recipe's model. The recipe's ``revision`` must name it, so
+                that its variants are not taken for those of the model's own weights.
+            loading: further arguments of `load_pipeline`: ``variant``, ``local_files_only``, ``attention``, ``cpu_offload``.
 
         Raises:
             ModelLoadError: the model cannot be loaded.
@@ -155,7 +136,13 @@ class Generator:
         loaded = pipeline is None
         if loaded:
             dtype = default_dtype(device) if dtype is None else dtype
+            loading |= {"lora": recipe.lora, "lora_scale": recipe.lora_scale}
             pipeline = load_pipeline(recipe.model, revision=recipe.revision, device=device, dtype=dtype, **loading)
+        elif recipe.revision is None:
+            raise RecipeError(
+                "a pipeline that was loaded already needs a name, so that its variants are found again and not taken for those "
+                "of other weights; set the recipe's revision to one of your own, such as 'my pipeline, 1'"
+            )
         elif loading:
             raise RecipeError(
                 f"{', '.join(sorted(loading))} says how to load a model, but a loaded pipeline was given; leave one out"
@@ -190,14 +177,13 @@ class Generator:
                 resolution=recipe.resolution,
                 batch_size=size,
                 device=place,
-                call_options=call_options,
             )
         strength = recipe.strength if isinstance(recipe.strength, tuple) else (recipe.strength, recipe.strength)
         return cls(
             engine,
             filters=recipe.filters,
             labels=labels,
-            scorer=CLIPScorer(clip, device=device).load() if needs_clip(recipe.filters) else None,
+            scorer=_scorer(clip, device) if needs_clip(recipe.filters) else None,
             strength_range=strength,
             # a pipeline that runs its own call asks its own checker
             safety_pipeline=pipeline if isinstance(engine, NativeEngine) else None,
@@ -224,60 +210,98 @@ class Generator:
 
     def __call__(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """One result per request, in order. A request that fails has a reason in its result and takes no other with it."""
-        results: dict[int, GenerationResult] = {}
-        tasks: list[_Task] = []
-        for index, request in enumerate(requests):
-            task = _Task(index, request, request)
-            try:
-                self._filter.check_request(request)
-            except Exception as error:
-                results[index] = self._failed(task, error)
-            else:
-                tasks.append(task)
-        while tasks:
-            answers = self.engine.run([task.current for task in tasks])
-            tasks = self._judge(tasks, answers, results)
-        self._counts["requests"] += len(requests)
-        return [results[index] for index in range(len(requests))]
+        unique = list(dict.fromkeys(requests))
+        results = {request: result for group in self.stream(pull_from(unique)) for request, result in group}
+        return [results[request] for request in requests]
+
+    def stream(self, pull: Pull) -> Iterator[list[tuple[GenerationRequest, GenerationResult]]]:
+        """Pull requests whenever the engine has room for them, and yield each group that is done, in no particular order.
+
+        Args:
+            pull: Hands over up to so many waiting requests, fewer where fewer wait. After an answer of none, and with nothing
+                left in work, the stream ends.
+        """
+        again: deque[GenerationRequest] = deque()
+        origins: dict[GenerationRequest, tuple[GenerationRequest, GenerationResult]] = {}  # what is in work -> asked, so far
+        done: list[tuple[GenerationRequest, GenerationResult]] = []
+
+        def source(room: int) -> list[GenerationRequest]:
+            taken = [again.popleft() for _ in range(min(room, len(again)))]
+            while len(taken) < room and (fresh := pull(room - len(taken))):
+                for request in fresh:
+                    self._counts["requests"] += 1
+                    origins[request] = request, GenerationResult(None, seed=request.seed, strength=request.strength)
+                    try:
+                        self._filter.check_request(request)
+                    except Exception as error:
+                        done.append(self._failed(*origins.pop(request), error))
+                    else:
+                        taken.append(request)
+            return taken
+
+        stream = getattr(self.engine, "stream", None) or partial(in_batches, self.engine.run, 4 * self.engine.batch_size)
+        while True:
+            for answers in stream(source):
+                done += self._judge([(*origins.pop(request), request, answer) for request, answer in answers], origins, again)
+                if done:
+                    yield done
+                    done = []
+            if done:  # refused before the engine saw them
+                yield done
+                done = []
+            elif not again:
+                return
 
     def _judge(
-        self, tasks: list[_Task], answers: Sequence[Tensor | Exception], results: dict[int, GenerationResult]
-    ) -> list[_Task]:
-        """Sort answers into results and tasks to be tried again."""
-        made: list[tuple[_Task, Tensor]] = []
-        again: list[_Task] = []
-        for task, answer in zip(tasks, answers, strict=True):
+        self,
+        answered: Sequence[tuple[GenerationRequest, GenerationResult, GenerationRequest, Tensor | Exception]],
+        origins: dict[GenerationRequest, tuple[GenerationRequest, GenerationResult]],
+        again: deque[GenerationRequest],
+    ) -> list[tuple[GenerationRequest, GenerationResult]]:
+        """Sort answers into results and requests to be tried again, which go to ``again`` and ``origins``."""
+        done: list[tuple[GenerationRequest, GenerationResult]] = []
+        made: list[tuple[GenerationRequest, GenerationResult, GenerationRequest, Tensor]] = []
+        judged: list[tuple[GenerationRequest, GenerationResult, GenerationRequest, Tensor | None, Verdict]] = []
+        for asked, so_far, current, answer in answered:
+            if isinstance(answer, Exception) and not isinstance(answer, RejectedImageError):
+                done.append(self._failed(asked, so_far, answer))
+                continue
+            rows = self.engine.evaluations(current)
+            self._counts["attempts"] += 1
+            self._counts["evaluations"] += rows
+            so_far = replace(so_far, unet_evaluations=so_far.unet_evaluations + rows)
             if isinstance(answer, RejectedImageError):
-                self._count_attempt(task)
-                self._reject(task, Verdict(answer.reason), again, results)
-            elif isinstance(answer, Exception):
-                results[task.index] = self._failed(task, answer)
+                judged.append((asked, so_far, current, None, Verdict(answer.reason)))
             else:
-                self._count_attempt(task)
-                made.append((task, answer))
-        verdicts = self._filter([image for _, image in made], [task.current for task, _ in made])
-        for (task, image), verdict in zip(made, verdicts, strict=True):
-            if verdict.reason is not None:
-                self._reject(task, verdict, again, results)
-            else:
+                made.append((asked, so_far, current, answer))
+        verdicts = self._filter([image for *_, image in made], [current for _, _, current, _ in made])
+        judged += [(*one, verdict) for one, verdict in zip(made, verdicts, strict=True)]
+        for asked, so_far, current, image, verdict in judged:
+            result = replace(so_far, label_score=verdict.label_score, image_similarity=verdict.image_similarity)
+            if verdict.reason is None:
                 self._counts["images"] += 1
-                results[task.index] = task.result(image, None, verdict)
-        return again
+                done.append((asked, replace(result, image=image)))
+                continue
+            self._rejected[verdict.reason] += 1
+            result = replace(result, rejected=(*result.rejected, verdict.reason))
+            if result.attempt >= self.filters.max_retries:
+                self._counts["filtered"] += 1
+                done.append((asked, replace(result, reason=verdict.reason)))
+                continue
+            following = self._retry(asked, current, result.attempt + 1, verdict.reason)
+            origins[following] = (
+                asked,
+                replace(result, attempt=result.attempt + 1, seed=following.seed, strength=following.strength),
+            )
+            again.append(following)
+        return done
 
-    def _reject(self, task: _Task, verdict: Verdict, again: list[_Task], results: dict[int, GenerationResult]) -> None:
-        reason = verdict.reason or "rejected"
-        self._rejected[reason] += 1
-        task.rejected += (reason,)
-        if task.attempt >= self.filters.max_retries:
-            self._counts["filtered"] += 1
-            results[task.index] = task.result(None, reason, verdict)
-            return
-        low, high = self._range or (task.original.strength / 2, 1.0)
-        task.attempt += 1
-        seed, strength = retry_seed(task.original.seed, task.attempt), retry_strength(task.current.strength, reason, low, high)
-        following = replace(task.current, seed=seed, strength=strength)
-        task.current = following if self._can_run(following) else replace(task.current, seed=seed)
-        again.append(task)
+    def _retry(self, asked: GenerationRequest, current: GenerationRequest, attempt: int, reason: str) -> GenerationRequest:
+        """The next attempt: another seed, and another strength where that leaves a step to run."""
+        low, high = self._range or (asked.strength / 2, 1.0)
+        seed, strength = retry_seed(asked.seed, attempt), retry_strength(current.strength, reason, low, high)
+        following = replace(current, seed=seed, strength=strength)
+        return following if self._can_run(following) else replace(current, seed=seed)
 
     def _can_run(self, request: GenerationRequest) -> bool:
         """Whether a lowered strength still leaves a step."""
@@ -286,16 +310,12 @@ class Generator:
         except GenerationError:
             return False
 
-    def _failed(self, task: _Task, error: Exception) -> GenerationResult:
+    def _failed(
+        self, asked: GenerationRequest, so_far: GenerationResult, error: Exception
+    ) -> tuple[GenerationRequest, GenerationResult]:
         self._counts["errors"] += 1
         self._counts["attempts"] += 1
-        return task.result(None, f"error: {error}")
-
-    def _count_attempt(self, task: _Task) -> None:
-        rows = self.engine.evaluations(task.current)
-        task.evaluations += rows
-        self._counts["attempts"] += 1
-        self._counts["evaluations"] += rows
+        return asked, replace(so_far, reason=f"error: {error}", failed=True)
 
 
 def choose_batch_size(batch_size: int | str, device: torch.device) -> int:
@@ -315,6 +335,17 @@ def choose_batch_size(batch_size: int | str, device: torch.device) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise RecipeError(f"batch_size {batch_size!r} is neither 'auto' nor a number from 1 up; use for example 8")
     return batch_size
+
+
+def _scorer(clip: Any, device: torch.device) -> Any:
+    if isinstance(clip, str):
+        return CLIPScorer(clip, device=device).load()
+    if not hasattr(clip, "image_features") or not hasattr(clip, "probabilities"):
+        raise RecipeError(
+            f"the recipe's filters ask a CLIP model, and the scorer is a {type(clip).__name__} without image_features and "
+            "probabilities; give the id of a CLIP model"
+        )
+    return clip
 
 
 def _check_adapter_recipe(recipe: Recipe, pipeline: Any) -> None:

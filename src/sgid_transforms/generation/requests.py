@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -53,6 +54,8 @@ class GenerationResult:
         label_score: probability of the label according to the filter, in [0, 1], where it was asked for.
         image_similarity: similarity to the original according to the filter, where it was asked for.
         unet_evaluations: model evaluations (rows, not calls) that all attempts of this request took.
+        failed: whether an error is why there is no image, so that it may be tried again, and not a rejection, which would
+            only repeat itself.
     """
 
     image: torch.Tensor | None
@@ -64,6 +67,8 @@ class GenerationResult:
     label_score: float | None = None
     image_similarity: float | None = None
     unet_evaluations: int = 0
+
+    failed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -77,6 +82,14 @@ class RejectedImageError(GenerationError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+Pull = Callable[[int], Sequence[GenerationRequest]]
+"""Hands over up to so many waiting requests, fewer where fewer wait, and never waits for more. After an answer of none, and
+with nothing left in work, a stream ends."""
+
+Answers = list[tuple[GenerationRequest, torch.Tensor | Exception]]
+"""Requests that are done, each with its image, uint8 ``(3, H, W)``, or the exception that it met."""
 
 
 @runtime_checkable
@@ -99,8 +112,29 @@ class Engine(Protocol):
         A request that fails never takes another one with it. Only errors that concern no single request are raised.
         """
 
+    def stream(self, pull: Pull) -> Iterator[Answers]:
+        """Pull requests whenever there is room for them, and yield each group that is done, in no particular order."""
+
     def evaluations(self, request: GenerationRequest) -> int:
         """Model evaluations (rows of a batch) that this request takes, before it is run."""
+
+
+_T = TypeVar("_T")
+
+
+def pull_from(requests: Sequence[_T]) -> Callable[[int], list[_T]]:
+    """Hands over a fixed list, in order."""
+    waiting = deque(requests)
+    return lambda room: [waiting.popleft() for _ in range(min(room, len(waiting)))]
+
+
+def in_batches(run: Callable[[Sequence[Any]], Sequence[Any]], size: int, pull: Callable[[int], Sequence[Any]]) -> Iterator[Any]:
+    """A stream out of a function that answers a list of requests: batch after batch, each finished before the next begins."""
+    while batch := pull(size):
+        answers = run(batch)
+        if len(answers) != len(batch):
+            raise GenerationError(f"{len(batch)} requests got {len(answers)} answers; the generator must answer each")
+        yield list(zip(batch, answers, strict=True))
 
 
 def check_strength(strength: float) -> None:

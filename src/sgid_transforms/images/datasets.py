@@ -1,8 +1,10 @@
 """Reading a data set's images as ``SGIDAugment`` sees them: before the transforms that follow it."""
 
 import bisect
+import contextlib
 import copy
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset, Subset
@@ -51,6 +53,21 @@ class RawImages:
         item = self._bare[id(leaf)][position]
         sample = take_apart(item)
         return RawSample(sample.image, sample.label, _classes(leaf, item, sample.label), _path(leaf, position))
+
+    def identity(self, key: Callable[[Any], str]) -> str:
+        """A digest of what the data set holds: the places of its items, their files where they are known, and some keys."""
+        places = [_locate(self._dataset, index) for index in range(len(self))]
+        leaves = {id(leaf): leaf for leaf, _ in places}
+        files = [getattr(leaf, "samples", None) for leaf in leaves.values()]
+        keys = []
+        for index in range(0, len(self), max(1, len(self) // 16)):
+            with contextlib.suppress(OSError, ValueError, TypeError, SyntaxError):
+                keys.append(key(self[index].image))
+        return _digest([position for _, position in places], files, keys)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _locate(dataset: Any, index: int) -> tuple[Any, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sgid_transforms.errors import FolderError, ImageError, RecipeError
+from sgid_transforms.files import show
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import is_image_name, read_image
 from sgid_transforms.recipe.prompts import clean_label
@@ -151,12 +152,6 @@ def scan_files(listing: Listing, progress: Callable[[Iterable[ImageFile]], Itera
             other = show(first.file.path)
             skipped.append(Skipped(file.path, f"it shows the very picture of {other}, which has another label; remove one"))
     return Scan(tuple(images.values()), tuple(skipped), duplicates, listing.classes)
-
-
-def show(path: str | os.PathLike[str]) -> str:
-    """A path for people: bytes that are no text, and control characters, are escaped."""
-    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _walk(folder: Path, skip: Callable[[Path, str], None]) -> Iterator[Path]:

@@ -1,6 +1,6 @@
 """Settings that are known to suit a model, or a kind of images, each with its source. Data only; :class:`Recipe` reads it."""
 
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
 
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 
@@ -16,7 +16,6 @@ class Preset(TypedDict):
     sampler: str
     exact_strength: bool
     resolution: int | tuple[int, int] | None
-    filters: dict[str, Any]
 
 
 # The bundled model. These numbers are written nowhere else: tune them here.
@@ -32,7 +31,6 @@ TINY: Final[Preset] = {
     "sampler": "dpmsolver++",
     "exact_strength": True,
     "resolution": None,
-    "filters": {},
 }
 
 # Edition of the bundled weights. It is part of the fingerprint of every `tiny` recipe, so that images of older weights are
@@ -53,7 +51,6 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "euler",
         "exact_strength": False,
         "resolution": 512,
-        "filters": {},
     },
     # Model card of stabilityai/sdxl-turbo, and diffusers' guide "Stable Diffusion XL Turbo": as sd-turbo, also at 512x512.
     # The checkpoint's own scheduler is ancestral Euler; plain Euler adds no noise of its own between the steps.
@@ -66,7 +63,6 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "euler",
         "exact_strength": False,
         "resolution": 512,
-        "filters": {},
     },
     # Steps and sampler: Real Guidance as rerun by DiffDA-Eval (IJCV 2026): SD 1.5, DPM-Solver++, 25 steps. Guidance: around the
     # 7.5 that diffusers and DistDiff use, DISEF has 8. Strength: around DistDiff's 0.5; the range is the project's own choice.
@@ -80,7 +76,6 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "dpmsolver++",
         "exact_strength": False,
         "resolution": 512,
-        "filters": {},
     },
     # Model card of SimianLuo/LCM_Dreamshaper_v7: guidance 8, 1 to 8 steps recommended, 4 in diffusers' image-to-image example.
     # It runs all its steps at any strength, and is told its guidance scale as an input, so that guidance costs no second
@@ -94,7 +89,6 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "lcm",
         "exact_strength": False,
         "resolution": 512,
-        "filters": {},
     },
 }
 
@@ -110,10 +104,14 @@ def preset_for_model(model: str) -> Preset:
     """The preset for a preset name, a checkpoint id or a folder, by the last part of its name.
 
     ``.../sdxl-turbo`` -> ``sdxl-turbo``, ``.../sd-turbo`` -> ``sd-turbo``, any other name with ``lcm`` in it -> ``lcm``,
-    ``tiny`` -> ``tiny``, and everything else -> ``sd15``, whose 25 steps with guidance suit an undistilled model.
+    ``tiny`` -> ``tiny``, and everything else -> ``sd15``, whose 25 steps with guidance suit an undistilled model, but at the
+    model's own resolution.
     """
     if model in PRESETS:
         return PRESETS[model]
+    known = next((preset for preset in PRESETS.values() if preset["model"] == model), None)
+    if known is not None:
+        return known
     name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].lower().replace("_", "-")
     for part, preset in (("sdxl-turbo", "sdxl-turbo"), ("sd-turbo", "sd-turbo"), ("lcm", "lcm")):
         if part in name:

@@ -5,13 +5,15 @@ import hashlib
 import json
 import math
 import os
+import tomllib
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from sgid_transforms.errors import RecipeError
+from sgid_transforms.files import atomic_write
 from sgid_transforms.recipe import checks as _checks
-from sgid_transforms.recipe import toml as _recipe_toml
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.presets import PRESETS, STRENGTH_RANGES, TINY, TINY_EDITION, preset_for_model
 from sgid_transforms.recipe.prompts import parse_template
@@ -77,20 +79,28 @@ class Filters:
             )
 
 
-_BY_MODEL: Any = None  # a default that __post_init__ replaces by what the model's preset has: no field is ever None
+_BY_MODEL: Any = None  # a default that __post_init__ replaces by what the model's preset has
+_BY_MODEL_FIELDS: Final = (
+    "strength", "guidance", "num_inference_steps", "sampler", "guidance_interval", "resolution", "exact_strength"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What to generate. Two recipes with one :attr:`fingerprint` make the same variants.
 
-    Strength, guidance, its interval, steps and sampler, where left out, are those that suit the model, as in :meth:`for_model`
-    (which also sets a resolution where the model's card names one).
+    Strength, guidance, its interval, steps, sampler and resolution, where left out, are those that suit the model, however the
+    recipe is written: here, by :meth:`for_model`, in a TOML file, or by :meth:`replace` with another model.
 
     Args:
-        model: ``"tiny"`` (bundled), a diffusers checkpoint id, or a local folder.
+        model: ``"tiny"`` (bundled), another preset's name (``"sd-turbo"`` stands for its checkpoint), a diffusers checkpoint
+            id, or a local folder.
         revision: branch, tag or commit of the checkpoint; ``None``: its default branch. The content of a local folder is not
-            looked at: give any text here, and change it when the folder changes.
+            looked at: give any text here, and change it when the folder changes. A pipeline that you load yourself
+            (``Generator.from_recipe(recipe, pipeline=...)``) needs a name here.
+        lora: LoRA weights that are fused into the model: a ``.safetensors`` file, a folder with one, or a hub id; ``None``:
+            none. A local file counts by its content, a hub id by its name.
+        lora_scale: weight of the LoRA.
         prompt: template in which ``{label}`` and ``{caption}`` are replaced; ``{{`` and ``}}`` stand for braces.
         negative_prompt: text that guidance steers away from; without effect where the guidance scale is at most 1.
         strength: share of the noise schedule that is redone, in [0.001, 1]: near 0 returns the original, 1 ignores it. A range
@@ -100,7 +110,8 @@ class Recipe:
             at least one (a latent consistency model runs them all, over a shorter range of noise; see also
             ``exact_strength``).
         resolution: the model's working size in pixels: the side of a square whose area is kept for other aspect ratios, or
-            ``(height, width)``; ``None``: the model's own. Variants come back in the size of their original.
+            ``(height, width)``; ``None``: what the model's card names, else the model's own. Variants come back in the size of
+            their original.
         sampler: ``"ddim"``, ``"euler"``, ``"dpmsolver++"`` (2M), ``"lcm"``, or ``"auto"``: what the checkpoint's scheduler is.
         guidance_interval: ``(low, high)`` shares of the noise schedule, 0 clean to 1 pure noise, between which guidance acts;
             outside it the prompt is followed without guidance (Kynkäänniemi et al. 2024, arXiv 2404.07724).
@@ -130,13 +141,15 @@ class Recipe:
     seed: int = 0
     filters: Filters = field(default_factory=Filters)
     image_format: str = "auto"
+    lora: str | None = None
+    lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # normalised here, so that equal settings are equal recipes: 5 and 5.0, a list and a tuple
-        put(self, "model", _model(self.model))
-        suitable: dict[str, Any] = dict(preset_for_model(self.model))
-        for name in ("strength", "guidance", "num_inference_steps", "sampler", "guidance_interval"):
-            if getattr(self, name) is None:
+        suitable: dict[str, Any] = dict(preset_for_model(_model(self.model)))
+        put(self, "model", suitable["model"])
+        for name in _BY_MODEL_FIELDS:
+            if getattr(self, name) is None and name != "exact_strength":  # which depends on the sampler as well
                 put(self, name, suitable[name])
         if self.revision is not None:
             _non_empty("revision", self.revision)
@@ -158,6 +171,9 @@ class Recipe:
         if not isinstance(self.filters, Filters):
             raise RecipeError(f"filters is {self.filters!r}; it must be a Filters object")
         _checks.choice("image_format", self.image_format, IMAGE_FORMATS)
+        if self.lora is not None:
+            put(self, "lora", _non_empty("lora", os.fspath(self.lora) if isinstance(self.lora, os.PathLike) else self.lora))
+        put(self, "lora_scale", _checks.number("lora_scale", self.lora_scale))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,10 +181,16 @@ class Recipe:
 
         The first two are the version of the scheme, the others the start of a SHA-256 over the fields as canonical JSON
         (sorted keys, floats as their shortest decimal form), so that it is the same on every platform and Python version.
+
+        Raises:
+            RecipeError: The LoRA's file cannot be read.
         """
         fields = dataclasses.asdict(self)
         if not self.exact_strength:
             del fields["exact_strength"]  # it came later than the others: off, it leaves older fingerprints as they were
+        del fields["lora"], fields["lora_scale"]  # as did these
+        if self.lora is not None:
+            fields |= {"lora": _content(self.lora), "lora_scale": self.lora_scale}
         content: dict[str, Any] = {"version": FINGERPRINT_VERSION, "recipe": fields}
         if self.model == TINY["model"]:
             content["edition"] = TINY_EDITION
@@ -189,22 +211,21 @@ class Recipe:
         """
         _checks.choice("preset", name, (*PRESETS, *STRENGTH_RANGES))
         if name in PRESETS:
-            return cls._from_settings(dict(PRESETS[name]) | overrides)
-        base = preset_for_model(_model(overrides.pop("model", TINY["model"])))
-        strength = STRENGTH_RANGES[name]
-        steps = base["num_inference_steps"]
+            return cls._from_settings({"model": PRESETS[name]["model"]} | overrides)
+        base = preset_for_model(_model(overrides.get("model", TINY["model"])))
+        settings: dict[str, Any] = {"strength": STRENGTH_RANGES[name]}
         if base["sampler"] != "lcm" and not base["exact_strength"]:
-            steps = max(steps, _minimum_steps(strength[0]))
-        return cls._from_settings(dict(base) | {"strength": strength, "num_inference_steps": steps} | overrides)
+            settings["num_inference_steps"] = max(base["num_inference_steps"], _minimum_steps(STRENGTH_RANGES[name][0]))
+        return cls._from_settings(settings | overrides)
 
     @classmethod
     def for_model(cls, model: str, **overrides: Any) -> Self:
-        """A recipe with settings that suit ``model``: a preset's name, a checkpoint id or a folder.
+        """The same as ``Recipe(model=model, **overrides)``.
 
         A distilled model is known by its name (``sd-turbo``, ``sdxl-turbo``, ``lcm``); any other one gets the steps and the
         guidance of ``sd15``.
         """
-        return cls._from_settings(dict(preset_for_model(_model(model))) | overrides)
+        return cls._from_settings({"model": model} | overrides)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> Self:
@@ -215,7 +236,7 @@ class Recipe:
         Raises:
             RecipeError: if the file cannot be read, is no TOML, or has an unknown field or an invalid value.
         """
-        settings = _recipe_toml.read(path)
+        settings = _read_toml(path)
         try:
             if isinstance(settings.get("guidance"), dict):
                 table = settings["guidance"]
@@ -238,18 +259,32 @@ class Recipe:
         Raises:
             RecipeError: if the file cannot be written; an existing file is then left as it was.
         """
-        _recipe_toml.write(path, dataclasses.asdict(self))
+        import tomli_w
+
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        settings["filters"] = {name: value for name, value in settings["filters"].items() if value is not None}
+        try:
+            atomic_write(path, tomli_w.dumps(settings), fsync=True)
+        except OSError as error:
+            raise RecipeError(f"cannot write the recipe {os.fspath(path)}: {error.strerror}") from error
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; it is checked like a new recipe."""
+        """A copy with some fields changed; it is checked like a new recipe.
+
+        With another model, what suited the old one gives way to what suits the new one: every setting that has the old model's
+        default and is not among ``changes``.
+        """
         _checks.known_names("a recipe", changes, _names(type(self)))
+        if "model" in changes:
+            usual = type(self)(model=self.model)
+            for name in _BY_MODEL_FIELDS:
+                if name not in changes and getattr(self, name) == getattr(usual, name):
+                    changes[name] = None
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def _from_settings(cls, settings: dict[str, Any]) -> Self:
         _checks.known_names("a recipe", settings, _names(cls))
-        if isinstance(settings.get("filters"), dict):  # as presets have them
-            settings["filters"] = Filters(**settings["filters"])
         return cls(**settings)
 
 
@@ -272,6 +307,36 @@ def _check_steps(strength: float, num_inference_steps: int) -> None:
 
 def _names(cls: type) -> tuple[str, ...]:
     return tuple(entry.name for entry in dataclasses.fields(cls))
+
+
+def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    name = os.fspath(path)
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, or nested too deeply
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RecipeError(f"{name} is not valid TOML: {reason}") from error
+
+
+def _content(lora: str) -> str:
+    """What a LoRA is, for the fingerprint: the digest of a local file's content, else the hub id itself."""
+    path = Path(lora).expanduser()
+    if path.is_dir():
+        weights = sorted(path.glob("*.safetensors"))
+        if len(weights) != 1:
+            raise RecipeError(f"the LoRA folder {lora!r} holds {len(weights)} .safetensors files; give the path of one file")
+        path = weights[0]
+    elif not path.is_file():
+        if lora.count("/") != 1 or lora.startswith((".", "~", "/")) or lora.endswith(".safetensors"):
+            raise RecipeError(f"the LoRA {lora!r} does not exist; give a .safetensors file, a folder with one, or a hub id")
+        return lora
+    try:
+        with open(path, "rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise RecipeError(f"the LoRA {lora!r} cannot be read ({error.strerror}); check the file") from error
 
 
 def _non_empty(name: str, value: object) -> str:

@@ -7,13 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
+from sgid_transforms.building.address import Address
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ImageError
@@ -194,11 +195,18 @@ def survey(
     return Reader(captions, variants, recipe, originals).survey(scorer, class_names, max_originals, progress)
 
 
-def find_variants(variants: VariantStore, recipe: Recipe) -> dict[str, set[tuple[str, int]]]:
-    """Store key and number of every variant and failure of a recipe, by the key of the original."""
+def find_variants(captions: CaptionStore, variants: VariantStore, recipe: Recipe) -> dict[str, set[tuple[str, int]]]:
+    """Store key and number of every variant and failure of a recipe, by the key of the original.
+
+    Those that were made under another caption or label than the present one are left out, as training does. Of an image that
+    the caption store does not know, all are there.
+    """
+    address = Address(recipe)
     found: dict[str, set[tuple[str, int]]] = {}
-    for ref in chain(variants.iter(recipe), variants.iter_failures(recipe)):
-        found.setdefault(ref.key, set()).add((ref.key, ref.variant))
+    for failures in (False, True):
+        for ref, image_key, state in address.current(variants, captions, failures=failures):
+            if state is not False:
+                found.setdefault(image_key, set()).add((ref.key, ref.variant))
     return found
 
 
@@ -230,7 +238,7 @@ class Reader:
         self, captions: CaptionStore, variants: VariantStore, recipe: Recipe, originals: Originals | None = None
     ) -> None:
         self.captions, self.variants, self.recipe, self.originals = captions, variants, recipe, originals
-        self.found = find_variants(variants, recipe)
+        self.found = find_variants(captions, variants, recipe)
 
     def rows(self, keys: Sequence[str]) -> Iterator[Row]:
         """The rows of these originals; damaged variants, and originals without any other, are left out."""

@@ -2,7 +2,5 @@
 
 from sgid_transforms.service.client import ServiceClient
 from sgid_transforms.service.process import GenerationService
-from sgid_transforms.service.protocol import Item
-from sgid_transforms.transforms.state import SharedState
 
-__all__ = ["GenerationService", "Item", "ServiceClient", "SharedState"]
+__all__ = ["GenerationService", "ServiceClient"]

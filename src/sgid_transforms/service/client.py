@@ -1,14 +1,16 @@
 """The workers' side of the service: a picklable handle that connects when it is first used."""
 
+import itertools
 import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sgid_transforms.building.wanted import Outcome, Wanted
 from sgid_transforms.errors import ServiceError
-from sgid_transforms.service.protocol import Item, recv_frame, send_frame
+from sgid_transforms.service.protocol import FRAME_BYTES, Frame, outcomes_of, recv_frame, send_frame, wanted_header
 
 _FULL_PAUSE = 0.1  # seconds without asking after the background queue was found full
 
@@ -50,23 +52,27 @@ class _Link:
 class _Delivery:
     """One frame that nobody waits for, on its way: a thread sends it and reads its acknowledgement."""
 
-    def __init__(self, link: _Link, items: Sequence[Item]) -> None:
+    def __init__(self, link: _Link, wanted: Sequence[Wanted], recipe: str | None) -> None:
         self.link = link
         self.dropped = 0
         self.error: Exception | None = None
-        copies = [Item(item.ident, item.meta, bytes(item.payload)) for item in items]  # the caller may go on to change its own
-        self._thread = threading.Thread(target=self._run, args=(copies,), daemon=True, name="sgid-enqueue")
+        images = [one.image.clone() for one in wanted]  # the caller may go on to change its own
+        self._thread = threading.Thread(
+            target=self._run, args=(images, wanted_header(wanted), recipe), daemon=True, name="sgid-enqueue"
+        )
         self._thread.start()
 
     @property
     def under_way(self) -> bool:
         return self._thread.is_alive()
 
-    def _run(self, items: Sequence[Item]) -> None:
+    def _run(self, images: Sequence[Any], items: Sequence[Any], recipe: str | None) -> None:
         try:
-            send_frame(self.link.socket, "enqueue", items)
-            _, header, _ = recv_frame(self.link.socket)
-            self.dropped = int(header["dropped"])
+            send_frame(self.link.socket, "enqueue", images, items=items, recipe=recipe)
+            answer = recv_frame(self.link.socket)
+            if answer.op != "queued":
+                raise ValueError(answer.header.get("message", f"the service answered {answer.op!r}"))
+            self.dropped = int(answer.header["dropped"])
         except (OSError, EOFError, ValueError) as error:
             self.error = error
 
@@ -74,24 +80,28 @@ class _Delivery:
 class ServiceClient:
     """A handle on a running service; pickles to a few bytes and works in any process and thread of this machine.
 
-    Every (process, thread) opens a connection of its own at its first request, also after a fork.
+    Every (process, thread) opens a connection of its own at its first request, also after a fork. An answer is used only after
+    it was compared with its question; a connection whose question was interrupted is never used again.
 
     Args:
         address (str): Path of the service's socket.
         patience (float): Seconds without any sign of life after which the service counts as dead. A service that
             works on a long batch sends one every second; one that was killed is noticed at once.
+        recipe (str, optional): Fingerprint of the recipe whose variants are wanted; a service for another one refuses.
     """
 
-    def __init__(self, address: str, patience: float = 60.0) -> None:
+    def __init__(self, address: str, patience: float = 60.0, recipe: str | None = None) -> None:
         self.address = address
         self.patience = patience
+        self.recipe = recipe
         self._local = threading.local()
+        self._numbers = itertools.count()
         self._delivery: _Delivery | None = None
         self._delivery_lock, self._delivery_pid = threading.Lock(), os.getpid()
         self._full_until = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"address": self.address, "patience": self.patience}
+        return {"address": self.address, "patience": self.patience, "recipe": self.recipe}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -102,23 +112,35 @@ class ServiceClient:
         Raises:
             ServiceError: The service is gone, or the model could not be loaded; ``__notes__`` then hold the kind of error.
         """
-        op, header, _ = self._ask("hello")
-        if op == "failed":
-            error = ServiceError(header["message"])
-            error.add_note(header["kind"])
+        frame = self._ask("hello")
+        if frame.op == "failed":
+            error = ServiceError(frame.header["message"])
+            error.add_note(frame.header["kind"])
             raise error
-        return int(header["pid"])
+        return int(frame.header["pid"])
 
-    def generate(self, items: Sequence[Item]) -> list[Item]:
-        """Send items and wait for their results, in order.
+    def generate(self, wanted: Sequence[Wanted]) -> list[Outcome]:
+        """Ask for variants and wait for their outcomes, in order.
 
         Raises:
-            ServiceError: The service is not there, or died while it worked.
+            ServiceError: The service is not there, died while it worked, or answered another question.
         """
-        return self._ask("generate", items)[2]
+        outcomes: list[Outcome] = []
+        for part in _frames(wanted):
+            number = next(self._numbers)
+            images = [one.image for one in part]
+            frame = self._ask("generate", images, items=wanted_header(part), number=number, recipe=self.recipe)
+            try:
+                if frame.op != "outcomes" or frame.header.get("number") != number:
+                    raise ValueError("the service answered another question than the one that was asked")
+                outcomes += outcomes_of(frame, part)
+            except (ValueError, KeyError) as error:
+                self.close()
+                raise self._lost(error) from error
+        return outcomes
 
-    def enqueue(self, items: Sequence[Item]) -> int:
-        """Ask for items without waiting for them; returns how many are known to be dropped since the last call.
+    def enqueue(self, wanted: Sequence[Wanted]) -> int:
+        """Ask for variants without waiting for them; returns how many are known to be dropped since the last call.
 
         A thread sends them, as a socket takes no more than some hundred kilobytes before the service reads. One frame per
         process is under way at most, which bounds what a slow service can pile up; what comes meanwhile is dropped.
@@ -130,11 +152,11 @@ class ServiceClient:
             self._delivery = None
             self._delivery_lock, self._delivery_pid = threading.Lock(), os.getpid()
         if not self._delivery_lock.acquire(blocking=False):  # another thread is just asking
-            return len(items)
+            return len(wanted)
         try:
             last = self._delivery
             if last is not None and last.under_way:
-                return len(items)
+                return len(wanted)
             self._delivery = None
             dropped = 0
             if last is not None:
@@ -146,11 +168,12 @@ class ServiceClient:
                     last.dropped = 0
             if self.full:
                 self._delivery = last
-                return dropped + len(items)
+                return dropped + len(wanted)
             link = last.link if last is not None else _Link(self.address, self.patience)
             link.check()
-            self._delivery = _Delivery(link, items)
-            return dropped
+            first, *rest = _frames(wanted)
+            self._delivery = _Delivery(link, first, self.recipe)
+            return dropped + sum(map(len, rest))
         except (OSError, EOFError, ValueError) as error:
             raise self._lost(error) from error
         finally:
@@ -163,11 +186,7 @@ class ServiceClient:
 
     def stats(self) -> dict[str, Any]:
         """``batches``, ``images``, ``merged``, ``dropped``, ``max_batch`` and ``seconds`` since the start."""
-        return self._ask("stats")[1]
-
-    def stop(self) -> None:
-        """Tell the service to end after the batch it works on."""
-        self._ask("stop")
+        return self._ask("stats").header
 
     def close(self) -> None:
         """Close this thread's connection; the next request opens a new one."""
@@ -181,22 +200,42 @@ class ServiceClient:
             self._local.link = link = _Link(self.address, self.patience)
         return link
 
-    def _ask(self, op: str, items: Sequence[Item] = ()) -> tuple[str, dict[str, Any], list[Item]]:
+    def _ask(self, op: str, images: Sequence[Any] = (), /, **header: Any) -> Frame:
         try:
             link = self._link()
-            send_frame(link.socket, op, items)
+            send_frame(link.socket, op, images, **header)
             while True:
                 answer = recv_frame(link.socket)
-                if answer[0] != "alive":
+                if answer.op == "refused":
+                    raise ValueError(answer.header.get("message", "the service refused the request"))
+                if answer.op != "alive":
                     return answer
         except (OSError, EOFError, ValueError) as error:
             self.close()
             raise self._lost(error) from error
+        except BaseException:  # interrupted: the answer is still to come, and the next question must not find it
+            self.close()
+            raise
 
     def _lost(self, error: BaseException) -> ServiceError:
         if isinstance(error, TimeoutError):
             return ServiceError(f"the generation service gave no sign of life for {self.patience:g} s; restart it")
+        if isinstance(error, ValueError):
+            return ServiceError(f"the generation service at {self.address} cannot be used: {error}")
         return ServiceError(
             f"the generation service at {self.address} is gone ({type(error).__name__}: {error}); "
             "start it again with `sgid.serve(...)`, or pass on_error='original' to train on without it"
         )
+
+
+def _frames(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+    """The wishes in parts whose pixels fit into one frame; at least one, possibly empty."""
+    part: list[Wanted] = []
+    size = 0
+    for one in wanted:
+        if part and size + one.image.numel() > FRAME_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(one)
+        size += one.image.numel()
+    yield part

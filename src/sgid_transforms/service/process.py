@@ -9,20 +9,24 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from sgid_transforms.errors import GenerationError, ModelLoadError, ServiceError
+from sgid_transforms.files import atomic_write, is_alive, job_identity, try_lock
 from sgid_transforms.service.client import ServiceClient
-from sgid_transforms.service.server import HandlerFactory
-from sgid_transforms.transforms.state import try_lock
+from sgid_transforms.service.server import BuilderFactory
 
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_transforms.service.server import main; main({}, {})"
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_transforms.service.server import main; main({}, {}, {})"
+)
+_FOLDERS = "sgid-service-"
+_LONGEST_FOLDER = 90  # bytes; socket paths end at about 104
 _LOAD_ERRORS = {"ModelLoadError": ModelLoadError, "GenerationError": GenerationError}
 
 
@@ -34,12 +38,14 @@ class GenerationService:
 
     Args:
         factory (callable): Picklable, without arguments, from an importable module; called in the service process, it
-            returns the handler ``items -> results``.
-        max_batch (int): Largest batch that the handler is given.
-        max_wait (float): Seconds that the first item of a batch waits for others.
+            returns the :class:`Builder` whose ``stream`` makes variants.
+        max_batch (int): How many variants an idle model waits for, at most, before it begins. A working one takes as many as it
+            has room for.
+        max_wait (float): Seconds that the first one waits for others.
         max_queue (int): Bound on work that nobody waits for.
         rendezvous (path, optional): Ranks that name the same file share one service: the first one starts it, the
             others attach. The service ends when the rank that started it stops it.
+        recipe (str, optional): Fingerprint of the recipe; clients that want variants of another one are refused.
 
     Raises:
         ServiceError: The process cannot be started, or ended while it loaded.
@@ -47,18 +53,19 @@ class GenerationService:
 
     Example::
 
-        with GenerationService(factory) as service:
-            results = service.client.generate(items)
+        with GenerationService(spec.build) as service:
+            outcomes = service.client.generate(wanted)
     """
 
     def __init__(
         self,
-        factory: HandlerFactory,
+        factory: BuilderFactory,
         *,
         max_batch: int = 16,
         max_wait: float = 0.05,
         max_queue: int = 256,
         rendezvous: str | os.PathLike[str] | None = None,
+        recipe: str | None = None,
     ) -> None:
         if max_batch < 1:
             raise ServiceError(f"max_batch is {max_batch}; it must be at least 1")
@@ -74,7 +81,8 @@ class GenerationService:
         except Exception as error:
             raise ServiceError(f"the service's factory does not pickle ({error}); use a module-level function") from error
         bounds = {"max_batch": max_batch, "max_wait": max_wait, "max_queue": max_queue}
-        self._settings: dict[str, Any] = {"factory": pickled, **bounds}
+        self._settings: dict[str, Any] = {"factory": pickled, "recipe": recipe, **bounds}
+        self._recipe = recipe
         self._rendezvous = Path(rendezvous) if rendezvous is not None else None
         self._process: subprocess.Popen[bytes] | None = None
         self._release: Callable[[], None] = lambda: None
@@ -95,10 +103,8 @@ class GenerationService:
 
     @property
     def alive(self) -> bool:
-        """Whether the service process runs."""
-        if self._process is not None:
-            return self._process.poll() is None
-        if self._client is None:
+        """Whether the service process runs and answers."""
+        if self._client is None or (self._process is not None and self._process.poll() is not None):
             return False
         try:
             self._client.stats()
@@ -117,17 +123,18 @@ class GenerationService:
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End the process; a batch in work gets ``timeout`` seconds to finish. Stopping twice is harmless."""
+        """End the process; what the model has in work gets ``timeout`` seconds to finish. Stopping twice is harmless."""
         client, process = self._client, self._process
         self._client = self._process = self.pid = None
         if process is not None and process.poll() is None:
-            if client is not None:
-                with contextlib.suppress(ServiceError):
-                    client.stop()
+            with contextlib.suppress(OSError, ValueError):
+                process.stdin.write(b"stop")  # type: ignore[union-attr]  # the pipe's end alone may be kept open by workers
+                process.stdin.close()  # type: ignore[union-attr]
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
-                process.terminate()
+                process.kill()
+                process.wait()
         if client is not None:
             client.close()
         self._release()
@@ -148,18 +155,29 @@ class GenerationService:
         raise ServiceError("a GenerationService belongs to the process that made it; hand `service.client` to others")
 
     def _launch(self, *inherited: int) -> None:
+        _sweep()
         folder = _private_folder()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             address = os.path.join(folder, "socket")
             listener.bind(address)
             listener.listen(256)
-            boot = _BOOT.format(listener.fileno(), os.getpid())
+            # Linux would count the end of the starting thread as that of its process, so only the main thread asks for it.
+            boot = _BOOT.format(listener.fileno(), os.getpid(), threading.current_thread() is threading.main_thread())
             self._process = process = subprocess.Popen(
-                [sys.executable, "-c", boot, json.dumps(sys.path)],
+                [
+                    sys.executable,
+                    "-c",
+                    boot,
+                    json.dumps([os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike)]),
+                ],
                 stdin=subprocess.PIPE,
                 pass_fds=(listener.fileno(), *inherited),
             )
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = error.strerror or error
+            raise ServiceError(f"the service process cannot be started in {folder}: {reason}") from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -167,10 +185,11 @@ class GenerationService:
             # Only the service keeps the socket open: when it dies, connecting fails at once instead of waiting.
             listener.close()
         self._release = weakref.finalize(self, _reap, process, folder, os.getpid())
-        self._client = ServiceClient(address)
+        self._client = ServiceClient(address, recipe=self._recipe)
         try:
-            with process.stdin as stdin, contextlib.suppress(BrokenPipeError):  # type: ignore[union-attr]
-                stdin.write(pickle.dumps(self._settings))
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(pickle.dumps(self._settings))  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
             self.pid = self._client.wait_until_ready()
         except ServiceError as error:
             self.stop()
@@ -188,38 +207,25 @@ class GenerationService:
     def _meet(self, rendezvous: Path, pause: float = 0.05) -> None:
         address_file = rendezvous.with_name(rendezvous.name + ".address")
         while True:
-            lock = try_lock(rendezvous)
+            try:
+                lock = try_lock(rendezvous)
+            except OSError as error:
+                reason = error.strerror
+                raise ServiceError(f"the rendezvous {rendezvous} cannot be used ({reason}); give another file") from error
             if lock is not None:
                 try:
                     address_file.unlink(missing_ok=True)
                     self._launch(lock)  # the service inherits the lock, and so holds it for as long as it lives
-                    part = address_file.with_name(f"{address_file.name}.{os.getpid()}")
-                    part.write_text(self.client.address)
-                    part.replace(address_file)
+                    atomic_write(address_file, self.client.address)
                 finally:
                     os.close(lock)
                 return
             with contextlib.suppress(OSError, ServiceError):
-                client = ServiceClient(address_file.read_text())
+                client = ServiceClient(address_file.read_text(), recipe=self._recipe)
                 self.pid = client.wait_until_ready()
                 self._client = client
                 return
             time.sleep(pause)
-
-
-def job_identity(*more: str) -> str | None:
-    """A name for this distributed job on this machine, the same in all its ranks; None outside of one.
-
-    Ranks of one machine are children of one launcher (``torchrun``, ``mp.spawn``), so the launcher's process id and the
-    job's master address and port name the job.
-    """
-    dist = sys.modules.get("torch.distributed")  # whoever did not import it has not initialised it either
-    initialised = dist is not None and dist.is_available() and dist.is_initialized()
-    size = dist.get_world_size() if dist is not None and initialised else int(os.environ.get("WORLD_SIZE", "1"))
-    if size <= 1:
-        return None
-    job = (str(os.getppid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), *more)
-    return sha256("\0".join(job).encode()).hexdigest()[:24]
 
 
 def job_rendezvous(*more: str) -> Path | None:
@@ -240,11 +246,22 @@ def job_rendezvous(*more: str) -> Path | None:
 
 def _private_folder() -> str:
     """A new folder that only this user can enter: that is what keeps others from the socket in it."""
-    folder = tempfile.mkdtemp(prefix="sgid-")
-    if len(folder) > 90:  # socket paths end at about 104 characters
+    prefix = f"{_FOLDERS}{os.getpid()}-"
+    folder = tempfile.mkdtemp(prefix=prefix)
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
         os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="sgid-", dir="/tmp")
+        folder = tempfile.mkdtemp(prefix=prefix, dir="/tmp")
     return folder
+
+
+def _sweep() -> None:
+    """Remove the folders of services whose starters were killed."""
+    roots = {Path(tempfile.gettempdir()), Path("/tmp")}
+    for folder in (folder for root in roots for folder in root.glob(f"{_FOLDERS}[0-9]*-*")):
+        owner = folder.name.removeprefix(_FOLDERS).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdecimal() and not is_alive(int(owner)) and folder.lstat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reap(process: "subprocess.Popen[bytes]", folder: str, pid: int) -> None:
@@ -253,4 +270,6 @@ def _reap(process: "subprocess.Popen[bytes]", folder: str, pid: int) -> None:
     if process.poll() is None:
         process.kill()
     process.wait()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        process.stdin.close()  # type: ignore[union-attr]
     shutil.rmtree(folder, ignore_errors=True)

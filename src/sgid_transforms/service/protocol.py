@@ -1,49 +1,54 @@
-"""Frames between the service and its clients: a JSON header and raw bytes. Nothing is ever unpickled."""
+"""Frames between the service and its clients: a JSON header and raw pixels. Nothing is ever unpickled."""
 
 import json
+import math
 import socket
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-_PREFIX = struct.Struct(">4sIQ")  # magic, bytes of JSON, bytes of payload
-_MAGIC = b"SGI1"
-_MAX_HEADER = 1 << 26
-_MAX_PAYLOAD = 1 << 32
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 
+if TYPE_CHECKING:
+    import torch
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One unit of work, or its result: a name, a JSON-able description and raw bytes (uint8 pixels, or none).
+_PREFIX = struct.Struct(">4sIQ")  # magic, bytes of JSON, bytes of pixels
+_MAGIC = b"SGI2"
+_MAX_HEADER = 1 << 24
+_MAX_PIXELS = 3 * (1 << 28)  # bytes of the largest image that is sent at all
+_CHUNK = 1 << 20
 
-    Items with equal ``ident`` are the same work: while one is in flight, the others wait for its result.
-    """
-
-    ident: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    payload: bytes | bytearray | memoryview = b""
+FRAME_BYTES = 1 << 26
+"""Pixels of one frame, unless a single image has more: a client sends further ones in frames of their own."""
 
 
-def send_frame(sock: socket.socket, op: str, items: Sequence[Item] = (), **header: Any) -> None:
-    """Write one frame; the payloads are not copied.
+class Frame(NamedTuple):
+    """What one side says: an operation, its details, and pixels."""
+
+    op: str
+    header: dict[str, Any]
+    pixels: memoryview
+
+
+def send_frame(sock: socket.socket, op: str, images: "Sequence[torch.Tensor]" = (), /, **header: Any) -> None:
+    """Write one frame; the pixels of ``images``, uint8 ``(3, H, W)`` each, are not copied.
 
     Raises:
         OSError: The peer is gone.
+        ValueError: The frame is too large.
     """
-    head = dict(header, op=op, items=[[item.ident, len(item.payload), dict(item.meta)] for item in items])
-    text = json.dumps(head, separators=(",", ":")).encode()
-    size = sum(len(item.payload) for item in items)
-    if len(text) > _MAX_HEADER or size > _MAX_PAYLOAD:
-        raise ValueError(f"a frame of {len(text)} + {size} bytes is too large; ask for fewer images at a time")
+    payloads = [image.detach().cpu().contiguous().numpy().data.cast("B") for image in images]
+    text = json.dumps({**header, "op": op}, separators=(",", ":")).encode()
+    size = sum(map(len, payloads))
+    if len(text) > _MAX_HEADER or size > _MAX_PIXELS:
+        raise ValueError(f"a frame of {len(text)} + {size} bytes is too large; ask for fewer or smaller images at a time")
     sock.sendall(_PREFIX.pack(_MAGIC, len(text), size) + text)
-    for item in items:
-        if len(item.payload):
-            sock.sendall(item.payload)
+    for payload in payloads:
+        sock.sendall(payload)
 
 
-def recv_frame(sock: socket.socket) -> tuple[str, dict[str, Any], list[Item]]:
-    """Read one frame as ``(op, header, items)``.
+def recv_frame(sock: socket.socket) -> Frame:
+    """Read one frame.
 
     Raises:
         EOFError: The peer closed the connection.
@@ -51,25 +56,100 @@ def recv_frame(sock: socket.socket) -> tuple[str, dict[str, Any], list[Item]]:
         OSError: The connection broke, or nothing came within the socket's timeout (``TimeoutError``).
     """
     magic, text_size, size = _PREFIX.unpack(_recv_exactly(sock, _PREFIX.size))
-    if magic != _MAGIC or text_size > _MAX_HEADER or size > _MAX_PAYLOAD:
+    if magic != _MAGIC or text_size > _MAX_HEADER or size > _MAX_PIXELS:
         raise ValueError("the peer does not speak this protocol (is it another version of sgid_transforms?)")
-    header = json.loads(_recv_exactly(sock, text_size))
-    body = memoryview(_recv_exactly(sock, size))
-    items, offset = [], 0
-    for ident, length, meta in header.pop("items"):
-        items.append(Item(str(ident), meta, body[offset : offset + length]))
+    try:
+        header = json.loads(_recv_exactly(sock, text_size))
+        op = header.pop("op")
+        sizes = [_bytes_of(one["size"]) for one in header.get("items", ()) if one.get("size") is not None]
+    except (RecursionError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"the peer sent a malformed frame ({type(error).__name__})") from None
+    if sum(sizes) != size:  # before any memory is asked for
+        raise ValueError(f"a frame announced images of {sum(sizes)} bytes and carries {size}")
+    return Frame(str(op), header, memoryview(_recv_exactly(sock, size)))
+
+
+def wanted_header(wanted: Sequence[Wanted]) -> list[dict[str, Any]]:
+    """Wanted variants, but for their pixels, as a frame's ``items``."""
+    return [{"key": one.key, "variant": one.variant, "label": one.label, "size": list(one.image.shape[1:])} for one in wanted]
+
+
+def wanted_of(frame: Frame) -> list[Wanted]:
+    """The reverse of :func:`wanted_header`; the images share the frame's memory.
+
+    Raises:
+        ValueError: An item is malformed.
+    """
+    wanted = []
+    for item, image in _with_pixels(frame):
+        key, variant, label = item.get("key"), item.get("variant"), item.get("label")
+        if not isinstance(key, str) or type(variant) is not int or not isinstance(label, str | None) or image is None:
+            raise ValueError("the peer sent a malformed item")
+        wanted.append(Wanted(key, variant, image, label))
+    return wanted
+
+
+def outcome_header(wanted: Sequence[Wanted], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Outcomes, each with the name of what it answers."""
+    return [
+        {
+            "key": one.key,
+            "variant": one.variant,
+            "status": outcome.status.value,
+            "reason": outcome.reason,
+            "size": None if outcome.image is None else list(outcome.image.shape[1:]),
+        }
+        for one, outcome in zip(wanted, outcomes, strict=True)
+    ]
+
+
+def outcomes_of(frame: Frame, wanted: Sequence[Wanted]) -> list[Outcome]:
+    """The reverse of :func:`outcome_header`.
+
+    Raises:
+        ValueError: It does not answer ``wanted``, name by name: nothing of it may be used.
+    """
+    answers = list(_with_pixels(frame))
+    if [(item.get("key"), item.get("variant")) for item, _ in answers] != [one.name for one in wanted]:
+        raise ValueError("the service answered another question than the one that was asked")
+    return [Outcome(Status(item["status"]), str(item["reason"]), image) for item, image in answers]
+
+
+def _with_pixels(frame: Frame) -> "list[tuple[Mapping[str, Any], torch.Tensor | None]]":
+    found: list[tuple[Mapping[str, Any], Any]] = []
+    offset = 0
+    for item in frame.header.get("items", ()):
+        if item.get("size") is None:
+            found.append((item, None))
+            continue
+        height, width = item["size"]
+        length = 3 * height * width
+        import torch  # only where there are images: a service process is there before it
+
+        pixels = torch.frombuffer(frame.pixels[offset : offset + length], dtype=torch.uint8)
+        found.append((item, pixels.view(3, height, width)))
         offset += length
-    if offset != size:
-        raise ValueError(f"a frame announced {offset} bytes of pixels and carried {size}")
-    return str(header.pop("op")), header, items
+    return found
+
+
+def _bytes_of(size: Any) -> int:
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError("the peer sent an image without a size")
+    return 3 * math.prod(size)
 
 
 def _recv_exactly(sock: socket.socket, size: int) -> bytearray:
-    buffer = bytearray(size)  # writable, so that a tensor can be laid over it without a copy
-    view, got = memoryview(buffer), 0
-    while got < size:
-        count = sock.recv_into(view[got:])
-        if count == 0:
-            raise EOFError("the connection was closed")
-        got += count
+    """So many bytes. Memory grows with what has come, not with what was announced."""
+    buffer = bytearray()  # writable, so that a tensor can be laid over it without a copy
+    while len(buffer) < size:
+        start = len(buffer)
+        buffer += bytes(min(max(_CHUNK, start), size - start))
+        view = memoryview(buffer)
+        got = start
+        while got < len(view):
+            count = sock.recv_into(view[got:])
+            if count == 0:
+                raise EOFError("the connection was closed")
+            got += count
+        view.release()
     return buffer

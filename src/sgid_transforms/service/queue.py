@@ -1,44 +1,24 @@
-"""Dynamic batching: work of many callers is merged, ordered and cut into batches."""
+"""What waits for the model: wanted variants of many callers, merged and put in order."""
 
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from sgid_transforms.service.protocol import Item
-
-
-class PendingRequest:
-    """The items of one caller, filled in as the batches that contain them finish."""
-
-    def __init__(self, size: int) -> None:
-        self.results: list[Item | None] = [None] * size
-        self._missing = size
-        self._done = threading.Event()
-        if size == 0:
-            self._done.set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """True once every item has its result."""
-        return self._done.wait(timeout)
-
-    def _fill(self, position: int, result: Item) -> None:
-        self.results[position] = result
-        self._missing -= 1
-        if self._missing == 0:
-            self._done.set()
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 
 
-@dataclass(slots=True)
-class _Entry:
-    item: Item
+class _Waiting(NamedTuple):
+    wanted: Wanted
+    outcome: "Future[Outcome]"
     arrived: float
-    waiters: list[tuple[PendingRequest, int]] = field(default_factory=list)
 
 
 @dataclass
-class BatchStats:
-    """What a :class:`Batcher` has done so far."""
+class QueueStats:
+    """What passed a queue so far: ``batches`` counts the times that the model took something."""
 
     batches: int = 0
     images: int = 0
@@ -46,25 +26,26 @@ class BatchStats:
     dropped: int = 0
 
 
-class Batcher:
-    """Thread-safe queue between many callers and the one thread that owns the model.
+class WantedQueue:
+    """Thread-safe queue between many callers and the one thread that owns the model, which pulls from it.
 
     Args:
-        max_batch (int): Largest batch.
-        max_wait (float): Seconds that the oldest item waits for company. A batch starts earlier when it is full, or
-            when every known caller is waiting, so that no further item can come.
-        max_queue (int): Bound of the background queue (:meth:`enqueue`); what exceeds it is dropped and counted.
+        max_batch (int): An idle model waits for so many before it begins, but no longer than ``max_wait``. Once it works, it
+            pulls as many as it has room for.
+        max_wait (float): Seconds that the oldest one waits for company of an idle model. It begins earlier when a batch is
+            full, or when every known caller is waiting, so that nothing further can come.
+        max_queue (int): Bound on what nobody waits for (:meth:`enqueue`); what exceeds it is dropped and counted.
             Callers that wait (:meth:`submit`) bound themselves: each has one request in flight.
     """
 
     def __init__(self, max_batch: int, max_wait: float, max_queue: int) -> None:
         self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait, max_queue
-        self.stats = BatchStats()
-        self._urgent: dict[str, _Entry] = {}  # dicts keep the order of arrival
-        self._background: dict[str, _Entry] = {}
-        self._running: dict[str, _Entry] = {}
+        self.stats = QueueStats()
+        self._urgent: dict[tuple[str, int], _Waiting] = {}  # dicts keep the order of arrival
+        self._background: dict[tuple[str, int], _Waiting] = {}
+        self._running: dict[tuple[str, int], _Waiting] = {}
         self._callers = 0
-        self._waiting = 0
+        self._blocked = 0
         self._closed = False
         self._changed = threading.Condition()
 
@@ -74,38 +55,37 @@ class Batcher:
             self._callers += count
             self._changed.notify()
 
-    def submit(self, items: Sequence[Item]) -> PendingRequest:
-        """Ask for items and wait for them: an item that is already on its way is not started twice."""
-        request = PendingRequest(len(items))
+    def submit(self, wanted: Sequence[Wanted]) -> "list[Future[Outcome]]":
+        """Ask for variants and get their outcomes to come: one that is on its way already is not made twice."""
+        futures = []
         with self._changed:
-            for position, item in enumerate(items):
-                entry = self._running.get(item.ident) or self._urgent.get(item.ident)
-                if entry is None:
-                    entry = self._background.pop(item.ident, None)
-                    self.stats.merged += entry is not None
-                    entry = entry or _Entry(item, time.monotonic())
-                    self._urgent[item.ident] = entry
+            for one in wanted:
+                known = self._running.get(one.name) or self._urgent.get(one.name)
+                if known is None:
+                    known = self._background.pop(one.name, None)
+                    self.stats.merged += known is not None
+                    known = self._urgent[one.name] = known or _Waiting(one, Future(), time.monotonic())
                 else:
                     self.stats.merged += 1
-                entry.waiters.append((request, position))
-            self._waiting += 1
+                futures.append(known.outcome)
+            self._blocked += 1
             self._changed.notify()
-        return request
+        return futures
 
     def release(self) -> None:
         """Tell that the caller of :meth:`submit` does not wait any more (it was served, or it is gone)."""
         with self._changed:
-            self._waiting -= 1
+            self._blocked -= 1
 
-    def enqueue(self, items: Sequence[Item]) -> int:
-        """Ask for items that nobody waits for; returns how many were taken (or were on their way already)."""
+    def enqueue(self, wanted: Sequence[Wanted]) -> int:
+        """Ask for variants that nobody waits for; returns how many were taken (or were on their way already)."""
         taken = 0
         with self._changed:
-            for item in items:
-                if item.ident in self._running or item.ident in self._urgent or item.ident in self._background:
+            for one in wanted:
+                if one.name in self._running or one.name in self._urgent or one.name in self._background:
                     self.stats.merged += 1
                 elif len(self._background) < self.max_queue:
-                    self._background[item.ident] = _Entry(item, time.monotonic())
+                    self._background[one.name] = _Waiting(one, Future(), time.monotonic())
                 else:
                     self.stats.dropped += 1
                     continue
@@ -113,42 +93,51 @@ class Batcher:
             self._changed.notify()
         return taken
 
-    def next_batch(self) -> list[_Entry] | None:
-        """Wait for work and return up to ``max_batch`` entries, those that somebody waits for first; None once closed."""
+    def wait(self) -> bool:
+        """Block until an idle model should begin; False once closed."""
         with self._changed:
             while not self._closed:
                 pending = len(self._urgent) + len(self._background)
                 if pending:
                     oldest = min(next(iter(queue.values())).arrived for queue in (self._urgent, self._background) if queue)
                     left = oldest + self.max_wait - time.monotonic()
-                    everybody_waits = bool(self._urgent) and self._waiting >= self._callers
+                    everybody_waits = bool(self._urgent) and self._blocked >= self._callers
                     if pending >= self.max_batch or left <= 0 or everybody_waits:
-                        return self._take()
+                        return True
                     self._changed.wait(left)
                 else:
                     self._changed.wait()
-        return None
+        return False
 
-    def _take(self) -> list[_Entry]:
-        batch: list[_Entry] = []
-        for queue in (self._urgent, self._background):
-            for ident in list(queue)[: self.max_batch - len(batch)]:
-                self._running[ident] = entry = queue.pop(ident)
-                batch.append(entry)
-        self.stats.batches += 1
-        self.stats.images += len(batch)
-        return batch
-
-    def complete(self, batch: Sequence[_Entry], results: Sequence[Item]) -> None:
-        """Hand every result to all who asked for it."""
+    def pull(self, room: int) -> list[Wanted]:
+        """Up to ``room`` of what waits, that which somebody waits for first; none once closed."""
+        taken: list[Wanted] = []
         with self._changed:
-            for entry, result in zip(batch, results, strict=True):
-                del self._running[entry.item.ident]
-                for request, position in entry.waiters:
-                    request._fill(position, result)
+            if self._closed:
+                return taken
+            for queue in (self._urgent, self._background):
+                for name in list(queue)[: room - len(taken)]:
+                    self._running[name] = waiting = queue.pop(name)
+                    taken.append(waiting.wanted)
+            self.stats.batches += bool(taken)
+            self.stats.images += len(taken)
+        return taken
+
+    def complete(self, wanted: Wanted, outcome: Outcome) -> None:
+        """Hand an outcome to all who asked for it."""
+        with self._changed:
+            waiting = self._running.pop(wanted.name)
+        waiting.outcome.set_result(outcome)
+
+    def fail(self, reason: str) -> None:
+        """Everything that the model has in work failed."""
+        with self._changed:
+            running, self._running = list(self._running.values()), {}
+        for waiting in running:
+            waiting.outcome.set_result(Outcome(Status.FAILED, reason))
 
     def close(self) -> None:
-        """Make :meth:`next_batch` return None."""
+        """Make :meth:`wait` return False and :meth:`pull` nothing."""
         with self._changed:
             self._closed = True
             self._changed.notify()

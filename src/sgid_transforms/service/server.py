@@ -1,102 +1,133 @@
-"""The service process: it owns the model, and one thread per client talks to the workers.
-
-The module imports nothing heavy: whatever the handler needs is imported by the factory that makes it.
-"""
+"""The service process: it owns the model, and one thread per client talks to the workers."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict
+from typing import Any, Protocol
 
-from sgid_transforms.service.protocol import Item, recv_frame, send_frame
-from sgid_transforms.service.queue import Batcher
-
-Handler = Callable[[Sequence[Item]], Sequence[Item]]
-HandlerFactory = Callable[[], Handler]
+from sgid_transforms.building.wanted import Outcome, Wanted
+from sgid_transforms.service.protocol import Frame, outcome_header, recv_frame, send_frame, wanted_of
+from sgid_transforms.service.queue import WantedQueue
 
 HEARTBEAT = 1.0  # seconds between two signs of life towards a client that waits
+_PAUSE = 0.05  # seconds before the next try, when there was no descriptor or thread for a client
+_PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("sgid_transforms.service")
 
 
+class Streams(Protocol):
+    """What makes variants: a :class:`Builder`."""
+
+    def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]: ...
+
+
+BuilderFactory = Callable[[], Streams]
+
+
 class Server:
-    """Accepts clients on a listening socket and runs the handler over batches of their items.
+    """Accepts clients on a listening socket and lets the builder pull what they want.
 
     Args:
         listener (socket.socket): A listening stream socket.
-        batcher (Batcher): Where the items of all clients meet.
+        queue (WantedQueue): Where the wishes of all clients meet.
+        recipe (str, optional): Fingerprint of the recipe whose variants are made here; another one is refused.
     """
 
-    def __init__(self, listener: socket.socket, batcher: Batcher) -> None:
+    def __init__(self, listener: socket.socket, queue: WantedQueue, recipe: str | None = None) -> None:
         self._listener = listener
-        self._batcher = batcher
+        self._queue = queue
+        self._recipe = recipe
         self._loaded = threading.Event()
         self._failure: tuple[str, str] | None = None
         self._started = time.monotonic()
         self._failure_told = threading.Event()
 
-    def run(self, factory: HandlerFactory) -> bool:
+    def run(self, factory: BuilderFactory) -> bool:
         """Load the model in this thread and serve until :meth:`stop`; returns False when it could not be loaded."""
         threading.Thread(target=self._accept, daemon=True, name="sgid-accept").start()
         try:
-            handler = factory()
+            builder = factory()
         except Exception as error:
             self._failure = (type(error).__name__, str(error) or repr(error))
             self._loaded.set()
             self._failure_told.wait(10)
             return False
         self._loaded.set()
-        while (batch := self._batcher.next_batch()) is not None:
-            items = [entry.item for entry in batch]
-            self._batcher.complete(batch, _run_handler(handler, items))
+        while self._queue.wait():
+            try:
+                for group in builder.stream(self._queue.pull):
+                    for wanted, outcome in group:
+                        self._queue.complete(wanted, outcome)
+            except Exception as error:
+                _log.exception("variants in work failed")
+                self._queue.fail(f"{type(error).__name__}: {error}")
         return True
 
     def stop(self) -> None:
-        self._batcher.close()
+        """End after what the model has in work."""
+        self._queue.close()
 
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # the listener was closed
-                return
-            threading.Thread(target=self._talk, args=(connection,), daemon=True, name="sgid-client").start()
+                threading.Thread(target=self._talk, args=(connection,), daemon=True, name="sgid-client").start()
+            except (OSError, RuntimeError) as error:  # too many open files or threads: clients that end make room
+                if self._listener.fileno() < 0:
+                    return
+                _log.warning("a client had to wait: %s", error)
+                time.sleep(_PAUSE)
 
     def _talk(self, connection: socket.socket) -> None:
         is_caller = False
-        with connection, contextlib.suppress(OSError, EOFError, ValueError):
+        with connection, contextlib.suppress(OSError, EOFError):
             try:
                 while True:
-                    op, _, items = recv_frame(connection)
-                    if op == "generate" and not is_caller:
+                    frame = recv_frame(connection)
+                    if frame.op == "generate" and not is_caller:
                         is_caller = True
-                        self._batcher.add_caller()
-                    self._answer(connection, op, items)
+                        self._queue.add_caller()
+                    self._answer(connection, frame)
+            except (ValueError, KeyError, TypeError) as error:
+                send_frame(connection, "refused", message=str(error))
             finally:
                 if is_caller:
-                    self._batcher.add_caller(-1)
+                    self._queue.add_caller(-1)
 
-    def _answer(self, connection: socket.socket, op: str, items: list[Item]) -> None:
-        if op == "generate":
-            request = self._batcher.submit(items)
+    def _answer(self, connection: socket.socket, frame: Frame) -> None:
+        if frame.op in ("generate", "enqueue"):
+            recipe = frame.header.get("recipe")
+            if None not in (recipe, self._recipe) and recipe != self._recipe:
+                raise ValueError(f"this service makes variants of recipe {self._recipe}, not of {recipe}; start one of its own")
+        if frame.op == "generate":
+            wanted = wanted_of(frame)
+            futures = self._queue.submit(wanted)
             try:
-                # A client that died is noticed here, too: sending to it raises, and its items go on for the store.
-                while not request.wait(HEARTBEAT):
+                # A client that died is noticed here, too: sending to it raises, and what it wanted goes on for the store.
+                while wait(futures, HEARTBEAT).not_done:
                     send_frame(connection, "alive")
             finally:
-                self._batcher.release()
-            send_frame(connection, "results", [result for result in request.results if result is not None])
-        elif op == "enqueue":
-            taken = self._batcher.enqueue(items)
-            send_frame(connection, "queued", dropped=len(items) - taken)
-        elif op == "hello":
+                self._queue.release()
+            outcomes = [future.result() for future in futures]
+            images = [outcome.image for outcome in outcomes if outcome.image is not None]
+            items = outcome_header(wanted, outcomes)
+            send_frame(connection, "outcomes", images, number=frame.header.get("number"), items=items)
+        elif frame.op == "enqueue":
+            wanted = wanted_of(frame)
+            send_frame(connection, "queued", dropped=len(wanted) - self._queue.enqueue(wanted))
+        elif frame.op == "hello":
             while not self._loaded.wait(HEARTBEAT):
                 send_frame(connection, "alive")
             if self._failure is None:
@@ -104,44 +135,46 @@ class Server:
             else:
                 send_frame(connection, "failed", kind=self._failure[0], message=self._failure[1])
                 self._failure_told.set()
-        elif op == "stats":
+        elif frame.op == "stats":
             seconds = time.monotonic() - self._started
-            send_frame(connection, "stats", **asdict(self._batcher.stats), max_batch=self._batcher.max_batch, seconds=seconds)
-        elif op == "stop":
-            self.stop()
-            send_frame(connection, "stopping")
+            send_frame(connection, "stats", **asdict(self._queue.stats), max_batch=self._queue.max_batch, seconds=seconds)
         else:
-            raise ValueError(f"unknown operation {op!r}")
+            raise ValueError(f"unknown operation {frame.op!r}")
 
 
-def _run_handler(handler: Handler, items: Sequence[Item]) -> Sequence[Item]:
-    try:
-        results = handler(items)
-        if len(results) != len(items):
-            raise RuntimeError(f"the handler returned {len(results)} results for {len(items)} items")
-    except Exception as error:
-        _log.exception("a batch of %d failed", len(items))
-        message = f"{type(error).__name__}: {error}"
-        return [Item(item.ident, {"error": message}) for item in items]
-    return results
+def main(listener_fd: int, parent: int, dies_with_thread: bool) -> int:
+    """Entry point of the service process; the settings come through stdin from the process that started it.
 
-
-def main(listener_fd: int, parent: int) -> int:
-    """Entry point of the service process; the settings come through stdin from the process that started it."""
+    Whatever comes through that pipe afterwards, its end included, says stop.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starter stops us in order
     logging.basicConfig(format="sgid service: %(message)s", level=logging.WARNING)
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True, name="sgid-parent").start()
+    if dies_with_thread:
+        _die_with_parent(parent)
     settings = pickle.load(sys.stdin.buffer)  # noqa: S301 (written by our parent through an anonymous pipe)
-    batcher = Batcher(settings["max_batch"], settings["max_wait"], settings["max_queue"])
-    server = Server(socket.socket(fileno=listener_fd), batcher)
+    queue = WantedQueue(settings["max_batch"], settings["max_wait"], settings["max_queue"])
+    server = Server(socket.socket(fileno=listener_fd), queue, settings.get("recipe"))
+    threading.Thread(target=_obey, args=(server, parent), daemon=True, name="sgid-parent").start()
     loaded = server.run(lambda: pickle.loads(settings["factory"])())  # noqa: S301 (as above)
     # Client threads may be inside a native call; nothing is left to be done that must not be cut.
     sys.stderr.flush()
     os._exit(0 if loaded else 1)
 
 
-def _exit_with(parent: int) -> None:
-    """End this process when the one that started it is gone, however that one ended."""
+def _die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process with its starter, also while it is stopped or in a long native call."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(2)
+
+
+def _obey(server: Server, parent: int) -> None:
+    """Stop when the starter says so, and end with it, however it ended."""
+    stdin = [sys.stdin.fileno()]
     while os.getppid() == parent:
-        time.sleep(1)
+        if select.select(stdin, [], [], 1.0)[0]:
+            server.stop()
+            stdin = []
     os._exit(2)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,28 +14,26 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from sgid_transforms.building.builder import VariantJob, VariantOutcome
-from sgid_transforms.building.factory import GeneratorFactory, MakerSpec
+from sgid_transforms.building.address import Address
+from sgid_transforms.building.builder import BuilderSpec, GeneratorFactory, auto_models
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.captions.prepare import PrepareReport, prepare
+from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import GenerationError, MissingCaptionError, ServiceError
 from sgid_transforms.images.forms import check_form, is_image, pil_like, tensor_like, to_pil
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.labels import find_labels, label_name
-from sgid_transforms.models.captioner import BLIP
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.service.process import GenerationService, job_rendezvous
 from sgid_transforms.transforms.gate import P, balanced_p, check_p, class_p, unknown_classes
-from sgid_transforms.transforms.state import SharedState
-from sgid_transforms.transforms.stats import STAT_NAMES, Stats
+from sgid_transforms.transforms.state import STAT_NAMES, SharedState, Stats
 from sgid_transforms.transforms.supply import VariantSupply
 from sgid_transforms.variants.store import VariantStore
 
 OnMiss = Literal["generate", "queue", "original"]
 Missing = Literal["error", "original", "caption"]
 OnError = Literal["raise", "original"]
-
-CLIP = "openai/clip-vit-base-patch32"
 
 _log = logging.getLogger("sgid_transforms")
 _REFUSED = (
@@ -56,12 +55,6 @@ class _Live(NamedTuple):
     address: str | None
 
 
-class _Miss(NamedTuple):
-    position: int
-    key: str
-    variant: int
-
-
 class SGIDAugment(v2.Transform):  # type: ignore[misc]
     """Replace images at random by label- and caption-guided variants of themselves.
 
@@ -75,7 +68,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     Args:
         model (str): ``"tiny"`` (bundled, ten classes at 32 x 32), a diffusers checkpoint id, or a local folder.
-        recipe (Recipe, optional): Everything that decides a variant's pixels, in place of ``model``.
+        recipe (Recipe, optional): Everything that decides a variant's pixels, in place of ``model``: give one of the two.
         captions (path or CaptionStore): Captions by image, filled by :meth:`prepare`.
         variants (path or VariantStore): Variants by image; may be shared by any number of processes and machines.
         p (float, mapping or "balanced"): Probability that an image is replaced: in [0, 1]; or by class name, ``"*"`` standing
@@ -109,7 +102,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
     """
 
     _transformed_types: ClassVar[tuple[Any, ...]] = (is_image,)
-    _transient = ("_supply", "_live", "_logged")
+    _transient = ("_address", "_supply", "_live", "_logged")
 
     def __init__(
         self,
@@ -136,16 +129,16 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         _check_choice("on_miss", on_miss, ("generate", "queue", "original"))
         _check_choice("missing", missing, ("error", "original", "caption"))
         _check_choice("on_error", on_error, ("raise", "original"))
-        self.recipe = recipe if recipe is not None else Recipe.for_model(model)
+        if recipe is not None and model != "tiny" and Recipe(model=model).model != recipe.model:
+            raise ValueError(f"model is {model!r} and the recipe's model is {recipe.model!r}; give one of the two")
+        self.recipe = recipe if recipe is not None else Recipe(model=model)
         self.captions = captions if isinstance(captions, CaptionStore) else CaptionStore(captions)
         self.variants = variants if isinstance(variants, VariantStore) else VariantStore(variants)
         self.variants_per_image = variants_per_image
         self.on_miss, self.missing, self.on_error = on_miss, missing, on_error
         self.class_names = class_names
         self.device = device
-        bundled = self.recipe.model == "tiny"
-        self.captioner = ("tiny" if bundled else BLIP) if captioner == "auto" else captioner
-        self.scorer = ("tiny" if bundled else CLIP) if scorer == "auto" else scorer
+        self.captioner, self.scorer = auto_models(self.recipe, captioner, scorer)
         self._key = key
         self._generator = generator
         self._state = SharedState(STAT_NAMES, {"p": check_p(p), "training": True})
@@ -254,20 +247,14 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             return outputs
         count("gated", len(chosen))
         self._add_keys(keys, images, chosen)
-        misses = []
-        for position in chosen:
-            key, variant = keys[position], int(draws[position][1] * self.variants_per_image)
-            found = self._look_up(images[position], key, variant)
-            if found is None:
-                misses.append(_Miss(position, key, variant))
-            else:
-                outputs[position] = found
+        wanted = {position: (keys[position], int(draws[position][1] * self.variants_per_image)) for position in chosen}
+        misses = self._look_up(wanted, images, labels, outputs)
         if len(misses) < len(chosen):
             count("hits", len(chosen) - len(misses))
         if misses:
             count("misses", len(misses))
             if self.on_miss != "original":
-                self._make(misses, images, labels, outputs)
+                self._make({position: wanted[position] for position in misses}, images, labels, outputs)
         return outputs
 
     # --- around the transform
@@ -318,8 +305,9 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
         Args:
             device (str, optional): Where the model runs.
-            max_batch (int): Most variants that are handed to the generator at once.
-            max_wait (float): Seconds that the first variant of a batch waits for others.
+            max_batch (int): How many variants an idle model waits for, at most, before it begins; a working one takes as many
+                as it has room for.
+            max_wait (float): Seconds that the first variant waits for others.
             max_queue (int): Most variants that ``on_miss="queue"`` lets wait; further ones are dropped and counted.
             rendezvous (path, optional): A file by which processes agree to share one service, where they are not ranks of
                 one job.
@@ -334,11 +322,12 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         if rendezvous is None:
             rendezvous = job_rendezvous(str(self.variants.root.resolve()), self.recipe.fingerprint)
         service = _PublishedService(
-            self._spec(device or self._device(), options).build_handler,
+            replace(self._spec(device or self._device(), options), batch_size=max_batch).build,
             max_batch=max_batch,
             max_wait=max_wait,
             max_queue=max_queue,
             rendezvous=rendezvous,
+            recipe=self.recipe.fingerprint,
         )
         service.state = self._state
         return service.start()
@@ -375,6 +364,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     def _reset(self) -> None:
         """What belongs to one process only."""
+        self._address = Address(self.recipe)
         self._supply: VariantSupply | None = None
         self._live: _Live | None = None
         self._logged: set[str] = set()
@@ -426,76 +416,105 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             members = list(torch.stack(members).cpu().unbind())
         keys.update(zip(todo, map(self.key_of, members), strict=True))
 
-    def _look_up(self, image: Any, key: str, variant: int) -> Any | None:
-        if isinstance(image, Image.Image):
-            picture = self.variants.get_pil(self.recipe, key, variant)
-            return None if picture is None else pil_like(picture, image)
-        pixels = self.variants.get_image(self.recipe, key, variant)
-        return None if pixels is None else _tensor_out(pixels, image)
+    def _look_up(
+        self, wanted: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]
+    ) -> list[int]:
+        """Put stored variants into ``outputs``; returns the positions of those that are not there."""
+        records = self._records([key for key, _ in wanted.values()])
+        misses = []
+        for position, (key, variant) in wanted.items():
+            record, image = records.get(key), images[position]
+            pil = isinstance(image, Image.Image)
+            place = None if record is None else self._address.key(record, self._label(record, labels[position]))
+            found = (
+                None if record is None or place is None else self._address.find(self.variants, record, place, variant, pil=pil)
+            )
+            if found is None:
+                misses.append(position)
+            else:
+                outputs[position] = pil_like(found, image) if pil else _tensor_out(found, image)
+        return misses
 
-    def _make(self, misses: Sequence[_Miss], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]) -> None:
-        """Ask for the variants that do not exist, and put those that are waited for into ``outputs``."""
+    def _records(self, keys: Sequence[str]) -> dict[str, CaptionRecord]:
+        if len(keys) == 1:  # the frequent case, and twice as fast
+            record = self.captions.get(keys[0])
+            return {} if record is None else {keys[0]: record}
+        return self.captions.get_many(keys)
+
+    def _label(self, record: CaptionRecord | None, label: Any) -> str | None:
+        """The class name in words: the one that was prepared, else that of the given label."""
+        return record.label if record is not None and record.label else label_name(label, self.class_names)
+
+    def _make(
+        self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]
+    ) -> None:
+        """Ask for the variants that do not exist, and look up those that are waited for once more."""
         supply = self._own_supply()
         try:
             if self.on_miss == "queue" and supply.full:
                 self._state.add("dropped", len(misses))
                 return
-            wanted = self._jobs(misses, images, labels)
-            jobs = [job for _, job in wanted]
+            wanted = self._wanted(misses, images, labels)
             if self.on_miss == "queue":
-                supply.enqueue(jobs)
+                supply.enqueue(list(wanted.values()))
             elif wanted:
-                self._fill(wanted, supply.wait_for(jobs), images, outputs)
+                outcomes = dict(zip(wanted, supply.wait_for(list(wanted.values())), strict=True))
+                self._take(outcomes, {position: misses[position] for position in wanted}, images, labels, outputs)
         except (ServiceError, GenerationError) as error:
             if self.on_error == "raise":
                 raise
             self._state.add("fallbacks", len(misses))
             self._log_once(type(error).__name__, f"training goes on with originals: {error}")
 
-    def _fill(
+    def _take(
         self,
-        wanted: Sequence[tuple[int, VariantJob]],
-        outcomes: Sequence[VariantOutcome],
+        outcomes: Mapping[int, Outcome],
+        wanted: Mapping[int, tuple[str, int]],
         images: Sequence[Any],
+        labels: Sequence[Any],
         outputs: list[Any],
     ) -> None:
-        for (position, job), outcome in zip(wanted, outcomes, strict=True):
-            if outcome.image is not None:
-                image = images[position]
-                if isinstance(image, Image.Image):
-                    outputs[position] = pil_like(to_pil(outcome.image), image)
-                else:
-                    outputs[position] = _tensor_out(outcome.image, image)
-            elif outcome.error is None:
-                self._log_once(str(outcome.reason), f"variant {job.variant} of {job.key} is not used: {outcome.reason}")
-        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        if errors and self.on_error == "raise":
-            raise GenerationError(errors[0])
-        if errors:
-            self._state.add("fallbacks", len(errors))
-            self._log_once("error", f"training goes on with originals: {errors[0]}")
+        stored = {position: wanted[position] for position, outcome in outcomes.items() if outcome.status is Status.STORED}
+        problems = []
+        for position in self._look_up(stored, images, labels, outputs):
+            image, made = images[position], outcomes[position].image
+            if made is None:
+                problems.append(
+                    f"variant {stored[position][1]} of {stored[position][0]} is gone again from {self.variants.root}"
+                )
+            elif isinstance(image, Image.Image):
+                outputs[position] = pil_like(to_pil(made), image)
+            else:
+                outputs[position] = _tensor_out(made, image)
+        for position, outcome in outcomes.items():
+            if outcome.status is Status.FILTERED:
+                key, variant = wanted[position]
+                self._log_once(outcome.reason, f"variant {variant} of {key} is not used: {outcome.reason}")
+        problems += [outcome.reason for outcome in outcomes.values() if outcome.status is Status.FAILED]
+        if problems and self.on_error == "raise":
+            raise GenerationError(problems[0])
+        if problems:
+            self._state.add("fallbacks", len(problems))
+            self._log_once("error", f"training goes on with originals: {problems[0]}")
 
-    def _jobs(self, misses: Sequence[_Miss], images: Sequence[Any], labels: Sequence[Any]) -> list[tuple[int, VariantJob]]:
-        """What to ask for, with the position of the image; without what is known to be impossible."""
-        records = self.captions.get_many([miss.key for miss in misses])
-        wanted = []
-        for position, key, variant in misses:
-            if self.variants.failure(self.recipe, key, variant) is not None:
+    def _wanted(self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any]) -> dict[int, Wanted]:
+        """What to ask for, by position; without what is known to be impossible."""
+        records = self._records([key for key, _ in misses.values()])
+        wanted = {}
+        for position, (key, variant) in misses.items():
+            record = records.get(key)
+            label = self._label(record, labels[position])
+            place = None if record is None else self._address.key(record, label)
+            if place is not None and self.variants.failure(self.recipe, place, variant) is not None:
                 self._state.add("unavailable")
                 continue
-            record = records.get(key)
-            label = record.label if record is not None and record.label else label_name(labels[position], self.class_names)
-            if (record is None and self.missing != "caption") or label is None:
+            unlabelled = label is None and (self._address.needs_label or record is None)
+            if unlabelled or (record is None and self.missing != "caption"):
                 if self.missing == "original":
                     self._state.add("missing")
                     continue
                 raise MissingCaptionError(_missing_message(record is None and self.missing == "error", key, labels[position]))
-            image = to_uint8_chw(images[position])
-            if record is None:
-                wanted.append((position, VariantJob(key, variant, image, label, None)))
-            else:
-                scores = (record.similarity, record.rank)
-                wanted.append((position, VariantJob(key, variant, image, label, record.caption, *scores)))
+            wanted[position] = Wanted(key, variant, to_uint8_chw(images[position]), label)
         return wanted
 
     def _own_supply(self) -> VariantSupply:
@@ -503,19 +522,17 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             self._supply = VariantSupply(self._spec(self._device(), {}), self._state)
         return self._supply
 
-    def _spec(self, device: str, options: Mapping[str, Any]) -> MakerSpec:
-        on_demand = self.missing == "caption"
-        return MakerSpec(
+    def _spec(self, device: str, options: Mapping[str, Any]) -> BuilderSpec:
+        return BuilderSpec(
             self.recipe,
             self.variants,
             self.captions,
             device=device,
             generator=self._generator,
             options=dict(options),
-            captioner=self.captioner if on_demand else None,
-            scorer=self.scorer if on_demand else None,
-            clip=self.scorer if isinstance(self.scorer, str) else None,
-            state=self._state,
+            captioner=self.captioner if self.missing == "caption" else None,
+            scorer=self.scorer,
+            count=self._state.add,
         )
 
     def _device(self) -> str:
@@ -545,12 +562,12 @@ class _PublishedService(GenerationService):
 
     def start(self) -> "_PublishedService":
         super().start()
-        self.state.publish(address=self.client.address)
+        self.state.register(self.client.address)
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
-        if self._client is not None and self.state.settings().get("address") == self._client.address:
-            self.state.publish(address=None)
+        if self._client is not None:
+            self.state.unregister(self._client.address)
         super().stop(timeout)
 
 

@@ -1,7 +1,7 @@
 """State that every copy of one transform shares, in all processes of this machine: counters and live settings.
 
-A small memory-mapped file holds one row of counters per process, so that counting takes no lock and no message, and a
-version number that tells every process when a live setting changed. It works with and without a service.
+A small memory-mapped file holds the settings, a number that changes with them, and one row of counters per process, so that
+counting takes no lock and no message, and reading settings costs one look at memory. It works with and without a service.
 """
 
 import contextlib
@@ -14,53 +14,122 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+
+from sgid_transforms.errors import ServiceError
+from sgid_transforms.files import is_alive
 
 try:
     import fcntl
 except ImportError:  # pragma: no cover (not a POSIX system: one process at a time)
     fcntl = None  # type: ignore[assignment]
 
-_VERSION = 0  # index of the settings' version in the file's first row
-_ROWS = 1024  # processes alive at one time; rows of ended ones are folded into row 1 and used again
-_RETIRED = 1
+_FOLDERS = "sgid-state-"
+_SETTINGS = 1 << 16  # bytes for the settings; the first 16 hold their version and their length
+_ROWS = 1024  # processes alive at one time; rows of ended ones are folded into row 0 and used again
 _forks = 0  # between this process and the one that imported the module: to ask the system for the id costs more than to count
+_lock = threading.Lock()
 
 
-def _count_fork() -> None:
-    global _forks
+@dataclass(frozen=True)
+class Stats:
+    """Counts since the transform was made; ``after - before`` gives those of an epoch.
+
+    Args:
+        seen: images that came by.
+        gated: those that the gate chose for replacement.
+        hits: gated ones whose variant was in the store.
+        misses: gated ones whose variant was not.
+        generated: variants that were made and stored.
+        filtered: variants that the filters rejected for good; their images stay as they are.
+        failed: variants that could not be made because of an error.
+        unavailable: gated images whose variant is known to have been filtered earlier.
+        missing: gated images without a caption or label, left as they are (``missing="original"``).
+        queued: variants asked for without waiting (``on_miss="queue"``).
+        dropped: variants not asked for because the queue was full.
+        fallbacks: images left as they are because the service or the model failed (``on_error="original"``).
+        waits: calls that waited for the model.
+        waited_us: microseconds that they waited, together.
+    """
+
+    seen: int = 0
+    gated: int = 0
+    hits: int = 0
+    misses: int = 0
+    generated: int = 0
+    filtered: int = 0
+    failed: int = 0
+    unavailable: int = 0
+    missing: int = 0
+    queued: int = 0
+    dropped: int = 0
+    fallbacks: int = 0
+    waits: int = 0
+    waited_us: int = 0
+
+    @property
+    def mean_wait(self) -> float:
+        """Seconds that a call which had to wait waited, on average."""
+        return self.waited_us / self.waits / 1e6 if self.waits else 0.0
+
+    def summary(self) -> str:
+        """One line; the rarer counts are named only where they are not 0."""
+        shown = ["seen", "gated", "hits", "misses", "generated", "filtered", "failed"]
+        rare = ["unavailable", "missing", "queued", "dropped", "fallbacks"]
+        parts = [f"{getattr(self, name)} {name}" for name in [*shown, *(name for name in rare if getattr(self, name))]]
+        return f"SGID: {', '.join(parts)}, mean wait {1000 * self.mean_wait:.1f} ms"
+
+    def __sub__(self, other: Self) -> "Stats":
+        return Stats(**{field.name: getattr(self, field.name) - getattr(other, field.name) for field in fields(self)})
+
+
+STAT_NAMES = tuple(field.name for field in fields(Stats))
+
+
+def _after_fork() -> None:
+    global _forks, _lock
     _forks += 1
+    _lock = threading.Lock()  # the inherited one may be held by a thread that is not there
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_fork)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class SharedState:
     """Counters and settings shared by all copies of an object, across fork, spawn and pickle.
 
     A copy made within the process (``copy.deepcopy``, a pickle round trip) is independent: it starts from the same
-    settings with counters of its own. A copy that reaches another process shares both with its origin.
+    settings with counters of its own, but goes on to see the services of its origin. A copy that reaches another process
+    shares both with its origin.
 
     Args:
         names (sequence of str): The counters.
         settings (mapping): JSON-able live settings.
+        origin (SharedState, optional): The state that this one was copied from.
     """
 
     _seen_version: int
+    _seen_above: dict[str, Any] | None
 
-    def __init__(self, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+    def __init__(self, names: Sequence[str], settings: Mapping[str, Any], origin: "SharedState | None" = None) -> None:
         self.names = tuple(names)
-        self._width = len(self.names) + 1  # the first number of a row is the process id
-        self._path = tempfile.mkdtemp(prefix="sgid-state-")
+        _sweep()
         self._origin = os.getpid()
-        self._settings = dict(settings)
-        with open(os.path.join(self._path, "counters"), "wb") as file:
-            file.write(bytes(8 * self._width * _ROWS))
+        self._parent = origin
+        try:
+            self._path = tempfile.mkdtemp(prefix=f"{_FOLDERS}{os.getpid()}-")
+            weakref.finalize(self, _remove, self._path, self._origin)
+            with open(os.path.join(self._path, "state"), "wb") as file:  # written, not left sparse: a full disk is known now
+                file.write(bytes(_SETTINGS + 8 * (len(self.names) + 1) * _ROWS))
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise ServiceError(f"{where} has no room for what processes share ({error.strerror}); set TMPDIR") from error
+        self._settings: dict[str, Any] = {}
         self._open()
-        self._write_settings()
-        weakref.finalize(self, _remove, self._path, self._origin)
+        self.publish(**settings)
 
     # --- counters
 
@@ -69,126 +138,136 @@ class SharedState:
         index = self._index[name]
         if self._row_forks != _forks:
             self._claim_row()
-        with self._thread_lock:
+        with _lock:
             self._cells[self._row * self._width + index] += count
 
     def totals(self) -> dict[str, int]:
         """Sums over all processes, ended ones included."""
         with self._locked():
             cells = self._cells.tolist()
-        rows = [cells[start : start + self._width] for start in range(self._width, len(cells), self._width)]
+        rows = [cells[start : start + self._width] for start in range(0, len(cells), self._width)]
         return {name: sum(row[index] for row in rows) for name, index in self._index.items()}
 
     # --- live settings
 
     def settings(self) -> dict[str, Any]:
-        """The settings as the last process set them; costs one memory read while nothing changed."""
-        if self._cells[_VERSION] != self._seen_version:
-            self._seen_version = self._cells[_VERSION]
-            with contextlib.suppress(OSError), open(os.path.join(self._path, "settings.json")) as file:
-                self._settings = json.load(file)
+        """The settings as the last process set them; costs one look at memory while nothing changed.
+
+        ``address`` is that of the service that was registered last, here or with the origin, and is still there.
+        """
+        version = self._version[0]
+        above = None if self._parent is None else self._parent.settings()
+        if version != self._seen_version or above is not self._seen_above:
+            with self._locked():
+                version, length = self._version[0], self._version[1]
+                found = json.loads(self._map[16 : 16 + length])
+            inherited = above.get("address") if above is not None else None
+            found["address"] = next(iter(reversed(found.get("services", ()))), inherited)
+            self._settings, self._seen_version, self._seen_above = found, version, above
         return self._settings
 
     def publish(self, **changes: Any) -> None:
-        """Change settings for every process."""
-        with self._locked():
-            self._settings = {**self.settings(), **changes}
-            self._write_settings()
+        """Change settings for every process.
+
+        Raises:
+            ServiceError: They are too long to be shared.
+        """
+        self._change(lambda settings: settings | changes)
+
+    def register(self, address: str) -> None:
+        """Make a service known to every process."""
+        self._change(lambda settings: settings | {"services": [*settings.get("services", ()), address]})
+
+    def unregister(self, address: str) -> None:
+        """Forget this service, and no other."""
+        self._change(lambda settings: settings | {"services": [one for one in settings.get("services", ()) if one != address]})
 
     # --- copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(self.names, copy.deepcopy(self.settings(), memo))
+        return type(self)(self.names, _own(copy.deepcopy(self.settings(), memo)), self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "path": self._path, "origin": self._origin, "settings": self.settings()}
+        settings = _own(self.settings())
+        return {"names": self.names, "path": self._path, "origin": self._origin, "settings": settings, "parent": self._parent}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if state["origin"] == os.getpid() or not os.path.exists(os.path.join(state["path"], "counters")):
-            self.__init__(state["names"], state["settings"])  # type: ignore[misc]
+        if state["origin"] == os.getpid() or not os.path.exists(os.path.join(state["path"], "state")):
+            living = _living.get(state["path"])
+            self.__init__(state["names"], state["settings"], living or state["parent"])  # type: ignore[misc]
             return
         self.names = state["names"]
-        self._width = len(self.names) + 1
-        self._path, self._origin, self._settings = state["path"], state["origin"], state["settings"]
+        self._path, self._origin, self._parent, self._settings = state["path"], state["origin"], state["parent"], {}
         self._open()
 
     # --- inside
 
     def _open(self) -> None:
+        self._width = len(self.names) + 1  # the first number of a row is the process id
         self._index = {name: index for index, name in enumerate(self.names, start=1)}
-        with open(os.path.join(self._path, "counters"), "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
-        self._cells = memoryview(self._map).cast("q")
+        self._file = os.open(os.path.join(self._path, "state"), os.O_RDWR)  # kept open: its path may be cleaned away
+        weakref.finalize(self, os.close, self._file)
+        self._map = mmap.mmap(self._file, 0)
+        whole = memoryview(self._map)
+        self._version = whole[:16].cast("q")
+        self._cells = whole[_SETTINGS:].cast("q")
         self._row = self._row_forks = -1
-        self._seen_version = -1
-        self._thread_lock = threading.Lock()
+        self._seen_version, self._seen_above = -1, None
+        _living[self._path] = self
 
-    def _write_settings(self) -> None:
-        part = os.path.join(self._path, f"settings.{os.getpid()}.part")
-        with contextlib.suppress(FileNotFoundError):  # the origin has ended: nobody is left to be told
-            Path(part).write_text(json.dumps(self._settings))
-            os.replace(part, os.path.join(self._path, "settings.json"))
-        self._cells[_VERSION] += 1
-        self._seen_version = self._cells[_VERSION]
+    def _change(self, change: Any) -> None:
+        with self._locked():
+            length = self._version[1]
+            settings = json.loads(self._map[16 : 16 + length]) if length else {}
+            text = json.dumps(change(settings)).encode()
+            if len(text) > _SETTINGS - 16:
+                raise ServiceError(f"the settings of the transform take {len(text)} bytes, {_SETTINGS - 16} can be shared")
+            self._map[16 : 16 + len(text)] = text
+            self._version[1] = len(text)
+            self._version[0] += 1
 
     def _claim_row(self) -> None:
         """Find a row for this process: a free one, or one of a process that has ended."""
-        self._thread_lock = threading.Lock()  # after a fork, the inherited one may be held by a thread that is not there
         pid = os.getpid()
         with self._locked():
             owners = self._cells[:: self._width].tolist()
-            free = [row for row in range(_RETIRED + 1, _ROWS) if owners[row] in (0, pid) or not _is_alive(owners[row])]
+            free = (row for row in range(1, _ROWS) if owners[row] in (0, pid) or not is_alive(owners[row]))
             # With more processes than rows, two share one and may lose a count to each other.
-            self._row = next(iter(free), _RETIRED + 1 + pid % (_ROWS - _RETIRED - 1))
-            self._fold(self._row)
+            self._row = next(free, 1 + pid % (_ROWS - 1))
+            for index in self._index.values():  # the counts of an ended process go to row 0
+                self._cells[index] += self._cells[self._row * self._width + index]
+                self._cells[self._row * self._width + index] = 0
             self._cells[self._row * self._width] = pid
         self._row_forks = _forks
 
-    def _fold(self, row: int) -> None:
-        """Move a row's counts to the row of the ended processes."""
-        for index in self._index.values():
-            self._cells[_RETIRED * self._width + index] += self._cells[row * self._width + index]
-            self._cells[row * self._width + index] = 0
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        lock = try_lock(os.path.join(self._path, "lock"), wait=True)
-        try:
-            yield
-        finally:
-            if lock is not None:
-                os.close(lock)
+        """Alone among all processes and threads. A child that is forked meanwhile inherits nothing that is held."""
+        with _lock:
+            if fcntl is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_EX)  # belongs to the process alone: not to its children
+            try:
+                yield
+            finally:
+                if fcntl is not None:
+                    fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
-def try_lock(path: str | os.PathLike[str], *, wait: bool = False) -> int | None:
-    """Lock a file; the lock lasts until the returned descriptor, and every inherited copy of it, is closed.
-
-    Returns None when another process holds the lock (and ``wait`` is False), or when the folder is gone.
-    """
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    except FileNotFoundError:
-        return None
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+_living: "weakref.WeakValueDictionary[str, SharedState]" = weakref.WeakValueDictionary()
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a copy takes along; services stay with those that started them."""
+    return {name: value for name, value in settings.items() if name not in ("services", "address")}
+
+
+def _sweep() -> None:
+    """Remove the folders of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}[0-9]*-*"):
+        owner = folder.name.removeprefix(_FOLDERS).partition("-")[0]
+        with contextlib.suppress(OSError, AttributeError):
+            if owner.isdecimal() and not is_alive(int(owner)) and folder.lstat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(path: str, pid: int) -> None:

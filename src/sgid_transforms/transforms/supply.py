@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sgid_transforms.building.builder import VariantJob, VariantMaker, VariantOutcome, item_to_outcome, job_to_item
-from sgid_transforms.building.factory import MakerSpec
+from sgid_transforms.building.builder import Builder, BuilderSpec
+from sgid_transforms.building.wanted import Outcome, Wanted
 from sgid_transforms.errors import GenerationError, ServiceError
 from sgid_transforms.service.client import ServiceClient
 from sgid_transforms.transforms.state import SharedState
@@ -17,13 +17,13 @@ class VariantSupply:
     """Asks the service for variants, or makes them here; belongs to one process, and loads nothing before it must.
 
     Args:
-        spec (MakerSpec): How a model in this process is set up.
+        spec (BuilderSpec): How a model in this process is set up.
         state (SharedState): Its setting ``address`` says where the service is, if there is one.
     """
 
-    def __init__(self, spec: MakerSpec, state: SharedState) -> None:
+    def __init__(self, spec: BuilderSpec, state: SharedState) -> None:
         self._spec, self._state = spec, state
-        self._maker: VariantMaker | None = None
+        self._builder: Builder | None = None
         self._client: ServiceClient | None = None
         self._lock = threading.Lock()
 
@@ -33,7 +33,7 @@ class VariantSupply:
         client = self._service()
         return client is not None and client.full
 
-    def enqueue(self, jobs: Sequence[VariantJob]) -> None:
+    def enqueue(self, wanted: Sequence[Wanted]) -> None:
         """Ask for variants without waiting.
 
         Raises:
@@ -42,13 +42,13 @@ class VariantSupply:
         client = self._service()
         if client is None:
             raise ServiceError("on_miss='queue' needs a running service; run the loop inside `with sgid.serve():`")
-        dropped = client.enqueue([job_to_item(self._spec.recipe.fingerprint, job) for job in jobs])
-        self._state.add("queued", len(jobs))
+        dropped = client.enqueue(wanted)
+        self._state.add("queued", len(wanted))
         if dropped:
             self._state.add("dropped", dropped)
 
-    def wait_for(self, jobs: Sequence[VariantJob]) -> list[VariantOutcome]:
-        """Variants, however long they take.
+    def wait_for(self, wanted: Sequence[Wanted]) -> list[Outcome]:
+        """What became of wanted variants, however long they take.
 
         Raises:
             ServiceError: The service died, or there is none and this is a worker.
@@ -58,12 +58,11 @@ class VariantSupply:
         try:
             client = self._service()
             if client is not None:
-                items = client.generate([job_to_item(self._spec.recipe.fingerprint, job) for job in jobs])
-                return [item_to_outcome(item) for item in items]
+                return client.generate(wanted)
             with self._lock:
-                maker = self._own_maker()
+                builder = self._own_builder()
                 try:
-                    return maker(jobs)
+                    return builder(wanted)
                 except Exception as error:
                     raise GenerationError(f"{type(error).__name__}: {error}") from error
         finally:
@@ -75,15 +74,15 @@ class VariantSupply:
         if address is None:
             return None
         if self._client is None or self._client.address != address:
-            self._client = ServiceClient(address)
+            self._client = ServiceClient(address, recipe=self._spec.recipe.fingerprint)
         return self._client
 
-    def _own_maker(self) -> VariantMaker:
+    def _own_builder(self) -> Builder:
         if torch.utils.data.get_worker_info() is not None:
             raise ServiceError(
                 "a DataLoader worker would load a model of its own; run the loop inside `with sgid.serve(device=...):`, "
                 "which shares one model, or pass num_workers=0, or on_miss='original'"
             )
-        if self._maker is None:
-            self._maker = self._spec.build()
-        return self._maker
+        if self._builder is None:
+            self._builder = self._spec.build()
+        return self._builder

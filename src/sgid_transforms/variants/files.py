@@ -11,6 +11,8 @@ import threading
 import time
 from typing import NamedTuple
 
+from sgid_transforms.files import is_alive
+
 _serial = itertools.count()
 _TEMPORARY = re.compile(r"(?P<host>[A-Za-z0-9.-]{1,64})_(?P<pid>[0-9]+)_[0-9]+_[0-9]+\.tmp")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
@@ -73,7 +75,7 @@ def publish(data: bytes, final: str, temporary_folder: str, *, fsync: bool) -> b
             _write(temporary, data, fsync=fsync)
             return _give_name(temporary, final)
         except FileNotFoundError:
-            # A folder is missing, or somebody swept the temporary file of a writer that looked dead from another container.
+            # A folder is missing, or somebody swept the temporary file of a writer that looked dead from another layout.
             if attempt == _ATTEMPTS:
                 raise
             os.makedirs(os.path.dirname(final), exist_ok=True)
@@ -175,20 +177,6 @@ def _is_orphan(entry: "os.DirEntry[str]", max_age: float) -> bool:
     found = _TEMPORARY.fullmatch(entry.name)
     if found is None:
         return False
-    if found["host"] == _host() and not _is_alive(int(found["pid"])):
+    if found["host"] == _host() and not is_alive(int(found["pid"])):
         return True
     return time.time() - entry.stat(follow_symlinks=False).st_mtime > max_age
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return True
-    if os.name == "nt":  # os.kill would end the process there; the age limit has to do
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

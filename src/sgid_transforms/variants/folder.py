@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from sgid_transforms.errors import StoreError
-from sgid_transforms.variants import files, naming
+from sgid_transforms.variants import files, layout
 from sgid_transforms.variants.codec import UndecodableImageError
-from sgid_transforms.variants.container import DamagedFileError
+from sgid_transforms.variants.layout import DamagedFileError
 
 logger = logging.getLogger("sgid_transforms.variants")
 
-FORMAT_VERSION = 1
 MARKER = "sgid-variants.json"
 _DAMAGE = (DamagedFileError, UndecodableImageError)
 _READ_ATTEMPTS = 3
@@ -28,7 +26,7 @@ class Entry(NamedTuple):
 
     fingerprint: str
     path: str
-    name: naming.FileName | None
+    name: layout.FileName | None
 
 
 class StoreFolder:
@@ -50,7 +48,7 @@ class StoreFolder:
         self.damaged_seen = 0
         self._prefix = f"{os.fspath(self.root)}/"
         self._logged: set[str] = set()
-        self._version_checked = False
+        self._version: int | None = None
         self._prepared_by: int | None = None
 
     def path(self, name: str) -> str:
@@ -93,12 +91,12 @@ class StoreFolder:
         if not self.readonly:
             try:
                 relative = os.path.relpath(path, self.root).replace(os.sep, "_")
-                if not files.move_aside(path, self.path(naming.QUARANTINE), relative[-120:], judged):
+                if not files.move_aside(path, self.path(layout.QUARANTINE), relative[-120:], judged):
                     return False
             except OSError as error:
                 reason = f"{reason}; it could not be moved ({error.strerror})"
         self.damaged_seen += 1  # without a lock, which a fork could copy in its locked state
-        what = "stays where it is" if self.readonly else f"goes to {naming.QUARANTINE}/"
+        what = "stays where it is" if self.readonly else f"goes to {layout.QUARANTINE}/"
         self._log_once(f"{path} is not a usable variant: {reason}. It {what} and counts as missing", reason)
         return True
 
@@ -110,7 +108,7 @@ class StoreFolder:
         """
         path = self.path(name)
         try:
-            return files.publish(data, path, self.path(naming.TEMPORARY), fsync=self.fsync)
+            return files.publish(data, path, self.path(layout.TEMPORARY), fsync=self.fsync)
         except OSError as error:
             raise self._failed(f"could not write {path}", error) from error
 
@@ -134,40 +132,41 @@ class StoreFolder:
         if self._prepared_by == os.getpid():
             return
         self.check_version()
-        self.sweep(naming.ORPHAN_AGE)
+        self.sweep(layout.ORPHAN_AGE)
         if not os.path.lexists(self.path(MARKER)):
-            self.publish(json.dumps({"format": FORMAT_VERSION}).encode("ascii"), MARKER)
+            self.publish(layout.pack_marker(), MARKER)
         self._prepared_by = os.getpid()
 
-    def check_version(self) -> None:
-        """Refuse a store of a newer version, whose files would look damaged.
+    def check_version(self) -> int:
+        """The store's format. One of a newer version is refused, since its files would look damaged.
 
         Raises:
             StoreError: the store's format is newer than this package's.
         """
-        if self._version_checked:
-            return
-        version = FORMAT_VERSION
-        with contextlib.suppress(OSError, ValueError, files.NotAPlainFileError):
-            marker = json.loads(files.read(self.path(MARKER), 4096)[0])
-            if isinstance(marker, dict) and isinstance(marker.get("format"), int):
-                version = marker["format"]
-        if version > FORMAT_VERSION:
-            raise StoreError(
-                f"the variant store {self.root} has format {version}, this version knows up to {FORMAT_VERSION}; "
-                "upgrade sgid-transforms"
-            )
-        self._version_checked = True
+        if self._version is None:
+            version = layout.FORMAT_VERSION
+            with contextlib.suppress(OSError):
+                try:
+                    version = layout.unpack_marker(files.read(self.path(MARKER), 4096)[0])
+                except files.NotAPlainFileError:
+                    version = 1
+            if version > layout.FORMAT_VERSION:
+                raise StoreError(
+                    f"the variant store {self.root} has format {version}, this version knows up to {layout.FORMAT_VERSION}; "
+                    "upgrade sgid-transforms"
+                )
+            self._version = version
+        return self._version
 
     def sweep(self, max_age: float) -> int:
         """Remove what killed writers left behind; returns how many files."""
-        return 0 if self.readonly else files.sweep(self.path(naming.TEMPORARY), max_age)
+        return 0 if self.readonly else files.sweep(self.path(layout.TEMPORARY), max_age)
 
     def fingerprints(self) -> list[str]:
         """The recipes that have a folder."""
         try:
             with os.scandir(self.root) as entries:
-                return sorted(e.name for e in entries if naming.is_fingerprint(e.name) and e.is_dir(follow_symlinks=False))
+                return sorted(e.name for e in entries if layout.is_fingerprint(e.name) and e.is_dir(follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -177,11 +176,11 @@ class StoreFolder:
         """Everything below one recipe's folder, or below all of them."""
         for recipe in self.fingerprints() if fingerprint is None else [fingerprint]:
             for shard in _scan(self.path(recipe)):
-                if not naming.is_shard(shard.name) or not shard.is_dir(follow_symlinks=False):
+                if not layout.is_shard(shard.name) or not shard.is_dir(follow_symlinks=False):
                     yield Entry(recipe, shard.path, None)
                     continue
                 for entry in _scan(shard.path):
-                    yield Entry(recipe, entry.path, naming.parse(shard.name, entry.name))
+                    yield Entry(recipe, entry.path, layout.parse(shard.name, entry.name))
 
     def _log_once(self, message: str, cause: str) -> None:
         if cause in self._logged:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgid_transforms.variants import codec, container, failures, files, naming
+from sgid_transforms.variants import codec, files, layout
 from sgid_transforms.variants.codec import UndecodableImageError
-from sgid_transforms.variants.container import DamagedFileError
 from sgid_transforms.variants.folder import StoreFolder
+from sgid_transforms.variants.layout import DamagedFileError
 from sgid_transforms.variants.provenance import Provenance
 
 
@@ -77,7 +77,7 @@ def stats(folder: StoreFolder) -> StoreStats:
         if not name.is_failure:
             with contextlib.suppress(OSError):
                 sizes[fingerprint] = sizes.get(fingerprint, 0) + os.lstat(path).st_size
-    quarantined, temporary = (files.count_entries(folder.path(name)) for name in (naming.QUARANTINE, naming.TEMPORARY))
+    quarantined, temporary = (files.count_entries(folder.path(name)) for name in (layout.QUARANTINE, layout.TEMPORARY))
     return StoreStats(variants, failed, sizes, quarantined, temporary)
 
 
@@ -126,34 +126,34 @@ def merge(folder: StoreFolder, source: StoreFolder) -> int:
     for fingerprint, path, name in source.walk():
         if name is None:
             continue
-        target = f"{fingerprint}/{naming.stem(name.key, name.variant)}"
-        suffixes = (name.suffix,) if name.is_failure else naming.EXTENSIONS
+        target = f"{fingerprint}/{layout.stem(name.key, name.variant)}"
+        suffixes = (name.suffix,) if name.is_failure else layout.EXTENSIONS
         if any(os.path.lexists(folder.path(target + suffix)) for suffix in suffixes):
             continue
-        data = source.load(path, container.MAX_FILE, lambda data, place=(fingerprint, name): _checked(data, *place))  # type: ignore[misc]
+        data = source.load(path, layout.MAX_FILE, lambda data, place=(fingerprint, name): _checked(data, *place))  # type: ignore[misc]
         if data is not None:
             copied += folder.publish(data, target + name.suffix)
     return copied
 
 
-def _checked(data: bytes, fingerprint: str, name: naming.FileName) -> bytes:
+def _checked(data: bytes, fingerprint: str, name: layout.FileName) -> bytes:
     """``data``, after a full check of it."""
     if name.is_failure:
-        failures.unpack(data)
+        layout.unpack_failure(data)
         return data
-    body, image_end = container.unpack(data, f"{fingerprint}/{naming.stem(name.key, name.variant)}")
+    body, image_end = layout.unpack(data, f"{fingerprint}/{layout.stem(name.key, name.variant)}")
     codec.decode(body[:image_end])
     try:
-        Provenance.from_json(container.provenance_of(body, image_end))
+        Provenance.from_json(layout.provenance_of(body, image_end))
     except ValueError as error:
         raise DamagedFileError(f"its provenance cannot be read: {error}") from None
     return data
 
 
-def _problem(path: str, fingerprint: str, name: naming.FileName) -> str | None:
+def _problem(path: str, fingerprint: str, name: layout.FileName) -> str | None:
     """What is wrong with one file, or ``None``."""
     try:
-        _checked(files.read(path, failures.MAX_SIZE if name.is_failure else container.MAX_FILE)[0], fingerprint, name)
+        _checked(files.read(path, layout.MAX_FAILURE if name.is_failure else layout.MAX_FILE)[0], fingerprint, name)
     except FileNotFoundError:  # removed meanwhile
         return None
     except OSError as error:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from sgid_transforms.errors import StoreError
-from sgid_transforms.variants import codec, container, failures, maintenance, naming
+from sgid_transforms.variants import codec, layout, maintenance
 from sgid_transforms.variants.folder import StoreFolder
+from sgid_transforms.variants.layout import HasFingerprint
 from sgid_transforms.variants.maintenance import StoreStats, VerifyReport
-from sgid_transforms.variants.naming import HasFingerprint
 from sgid_transforms.variants.provenance import Provenance
 
 _Decoded = TypeVar("_Decoded")
@@ -41,6 +41,11 @@ class VariantRef(NamedTuple):
     key: str
     variant: int
     path: Path
+
+    @property
+    def image_key(self) -> str:
+        """Key of the image that it is a variant of."""
+        return layout.image_key_of(self.key)
 
 
 class VariantStore:
@@ -121,12 +126,16 @@ class VariantStore:
     def contains(self, recipe: HasFingerprint | str, key: str, variant: int) -> bool:
         """Whether there is a file for this variant; its content is not looked at."""
         path = self._folder.path(self._name(recipe, key, variant))
-        return any(os.path.lexists(path + extension) for extension in naming.EXTENSIONS)
+        return any(os.path.lexists(path + extension) for extension in layout.EXTENSIONS)
 
     def failure(self, recipe: HasFingerprint | str, key: str, variant: int) -> tuple[str, ...] | None:
         """The reasons why this variant could not be made, as :meth:`put_failure` left them, or ``None``."""
-        path = self._folder.path(self._name(recipe, key, variant) + naming.FAILURE_SUFFIX)
-        return self._folder.load(path, failures.MAX_SIZE, failures.unpack)
+        path = self._folder.path(self._name(recipe, key, variant) + layout.FAILURE_SUFFIX)
+        return self._folder.load(path, layout.MAX_FAILURE, layout.unpack_failure)
+
+    def may_have_old_keys(self, recipe: HasFingerprint | str) -> bool:
+        """Whether an earlier version wrote variants of this recipe here, whose keys name the image alone."""
+        return self._folder.check_version() < layout.FORMAT_VERSION
 
     def put(self, recipe: HasFingerprint | str, key: str, variant: int, image: torch.Tensor, provenance: Provenance) -> bool:
         """Store a variant, unless somebody was first.
@@ -150,7 +159,7 @@ class VariantStore:
         if self.contains(recipe, key, variant):
             return False
         encoded, extension = codec.encode(image, "auto" if isinstance(recipe, str) else recipe.image_format)
-        return self._folder.publish(container.pack(encoded, provenance.to_json().encode("ascii"), name), name + extension)
+        return self._folder.publish(layout.pack(encoded, provenance.to_json().encode("ascii"), name), name + extension)
 
     def put_failure(self, recipe: HasFingerprint | str, key: str, variant: int, reasons: Sequence[str]) -> bool:
         """Remember that a variant could not be made, so that it is not tried again in every epoch.
@@ -163,15 +172,15 @@ class VariantStore:
         Raises:
             StoreError: as :meth:`put`.
         """
-        name = self._name(recipe, key, variant) + naming.FAILURE_SUFFIX
+        name = self._name(recipe, key, variant) + layout.FAILURE_SUFFIX
         self._folder.prepare_to_write()
-        return self._folder.publish(failures.pack(reasons), name)
+        return self._folder.publish(layout.pack_failure(reasons), name)
 
     def forget_failures(self, recipe: HasFingerprint | str | None = None) -> int:
         """Forget the remembered failures of one recipe, or of all, so that they are tried again; returns how many."""
         self._folder.prepare_to_write()
         forgotten = 0
-        for _, path, name in self._folder.walk(None if recipe is None else naming.check_fingerprint(recipe)):
+        for _, path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
             if name is not None and name.is_failure:
                 self._folder.remove(path)
                 forgotten += 1
@@ -184,14 +193,14 @@ class VariantStore:
     def iter(self, recipe: HasFingerprint | str | None = None) -> Iterator[VariantRef]:
         """All variants of one recipe, or of all, in no particular order; their content is not looked at."""
         self._folder.check_version()
-        for fingerprint, path, name in self._folder.walk(None if recipe is None else naming.check_fingerprint(recipe)):
+        for fingerprint, path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
             if name is not None and not name.is_failure:
                 yield VariantRef(fingerprint, name.key, name.variant, Path(path))
 
     def iter_failures(self, recipe: HasFingerprint | str | None = None) -> Iterator[VariantRef]:
         """All remembered failures of one recipe, or of all, in no particular order; :meth:`failure` has their reasons."""
         self._folder.check_version()
-        for fingerprint, path, name in self._folder.walk(None if recipe is None else naming.check_fingerprint(recipe)):
+        for fingerprint, path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
             if name is not None and name.is_failure:
                 yield VariantRef(fingerprint, name.key, name.variant, Path(path))
 
@@ -227,7 +236,7 @@ class VariantStore:
             StoreError: there is nothing to keep, or this store cannot be written.
         """
         recipes = [keep] if isinstance(keep, str) or not isinstance(keep, Iterable) else keep
-        kept = {naming.check_fingerprint(recipe) for recipe in recipes}
+        kept = {layout.check_fingerprint(recipe) for recipe in recipes}
         if not kept:
             raise StoreError(
                 f"prune was given no recipe to keep, so that all of {self.root} would go; delete the folder for that"
@@ -251,7 +260,7 @@ class VariantStore:
         self._folder.prepare_to_write()
         return maintenance.merge(self._folder, source)
 
-    def sweep(self, max_age: float = naming.ORPHAN_AGE) -> int:
+    def sweep(self, max_age: float = layout.ORPHAN_AGE) -> int:
         """Remove the temporary files of killed writers; every process does so before its first write.
 
         Args:
@@ -266,10 +275,10 @@ class VariantStore:
         fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
         folder = self._names.get(fingerprint)
         if folder is None:
-            folder = f"{naming.check_fingerprint(fingerprint)}/"
+            folder = f"{layout.check_fingerprint(fingerprint)}/"
             self._folder.check_version()
             self._names[fingerprint] = folder
-        return folder + naming.stem(key, variant)
+        return folder + layout.stem(key, variant)
 
     def _find(
         self, recipe: HasFingerprint | str, key: str, variant: int, decode: Callable[[memoryview], _Decoded]
@@ -277,15 +286,15 @@ class VariantStore:
         """Decoded image, provenance JSON and path of a variant."""
         name = self._name(recipe, key, variant)
         fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
-        extensions = self._extensions.get(fingerprint, naming.EXTENSIONS)
+        extensions = self._extensions.get(fingerprint, layout.EXTENSIONS)
 
         def parse(data: bytes) -> tuple[_Decoded, bytes]:
-            body, image_end = container.unpack(data, name)
-            return decode(body[:image_end]), container.provenance_of(body, image_end)
+            body, image_end = layout.unpack(data, name)
+            return decode(body[:image_end]), layout.provenance_of(body, image_end)
 
         for extension in extensions:
             path = self._folder.path(name + extension)
-            found = self._folder.load(path, container.MAX_FILE, parse)
+            found = self._folder.load(path, layout.MAX_FILE, parse)
             if found is not None:
                 if extension is not extensions[0]:  # a recipe makes one format, mostly: try it first from now on
                     self._extensions[fingerprint] = (extension, *(other for other in extensions if other != extension))

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sgid_transforms.building.address import Address
+from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import FolderError
-from sgid_transforms.images.folders import KnownImage, Scan, Skipped, show
+from sgid_transforms.files import atomic_write, replacing, show
+from sgid_transforms.images.folders import KnownImage, Scan, Skipped
 from sgid_transforms.recipe.recipe import Recipe
-from sgid_transforms.variants.store import Variant, VariantStore
+from sgid_transforms.variants.store import Variant, VariantRef, VariantStore
 
 METADATA = "metadata.jsonl"
 
@@ -39,6 +42,7 @@ def export_folder(
     variants: VariantStore,
     out: str | os.PathLike[str],
     *,
+    captions: CaptionStore | None = None,
     originals: bool = False,
     progress: Callable[[Iterable[KnownImage]], Iterable[KnownImage]] = iter,
 ) -> ExportReport:
@@ -52,6 +56,8 @@ def export_folder(
         recipe: whose variants.
         variants: where they are.
         out: new, empty, or an earlier export of the same recipe.
+        captions: leave out variants that were made under another caption or label than the present one; without it, the newest
+            variant of each number is taken.
         originals: copy the originals, too, under their own names.
         progress: wraps the images while they are walked through, as ``tqdm`` does.
 
@@ -60,15 +66,13 @@ def export_folder(
     """
     top = Path(out)
     _check_target(top, scan, recipe)
-    numbers: dict[str, list[int]] = {}
-    for ref in variants.iter(recipe):
-        numbers.setdefault(ref.key, []).append(ref.variant)
+    known = _known_variants(recipe, variants, captions)
     skipped = list(scan.skipped)
     lines: list[dict[str, Any]] = []
     counts = {"variants": 0, "images": 0, "originals": 0}
     try:
         for image in progress(scan.images):
-            found = list(_variants_of(image, recipe, variants, numbers.get(image.key, [])))
+            found = list(_variants_of(recipe, variants, known.get(image.key, {})))
             counts["images"] += bool(found)
             if originals:
                 lines.append(_copy_original(image, recipe, top))
@@ -80,7 +84,8 @@ def export_folder(
                 counts["variants"] += 1
             if not found:
                 skipped.append(Skipped(image.file.path, "it has no variants of this recipe; run sgid generate first"))
-        _write(top / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
+        top.mkdir(parents=True, exist_ok=True)
+        atomic_write(top / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise FolderError(f"could not write {show(error.filename or top)} ({error.strerror}); check its folder") from error
     return ExportReport(counts["variants"], counts["images"], counts["originals"], tuple(skipped))
@@ -106,11 +111,23 @@ def _check_target(top: Path, scan: Scan, recipe: Recipe) -> None:
         raise FolderError(f"{show(top)} holds something else than an export of this recipe; choose a new folder")
 
 
-def _variants_of(
-    image: KnownImage, recipe: Recipe, variants: VariantStore, numbers: list[int]
-) -> Iterator[tuple[int, Variant]]:
-    for number in sorted(numbers):
-        variant = variants.get(recipe, image.key, number)  # reads it whole, and so leaves damaged ones out
+def _known_variants(recipe: Recipe, variants: VariantStore, captions: CaptionStore | None) -> dict[str, dict[int, VariantRef]]:
+    """Image key -> number -> variant."""
+    known: dict[str, dict[int, VariantRef]] = {}
+    if captions is not None:
+        for ref, image_key, is_current in Address(recipe).current(variants, captions):
+            if is_current:
+                known.setdefault(image_key, {})[ref.variant] = ref
+        return known
+    for ref in sorted(variants.iter(recipe), key=lambda ref: ref.path.stat().st_mtime):
+        for image_key in (ref.image_key, ref.key):  # a store of version 0.1 has the image's key alone
+            known.setdefault(image_key, {})[ref.variant] = ref
+    return known
+
+
+def _variants_of(recipe: Recipe, variants: VariantStore, refs: Mapping[int, VariantRef]) -> Iterator[tuple[int, Variant]]:
+    for number, ref in sorted(refs.items()):
+        variant = variants.get(recipe, ref.key, number)  # reads it whole, and so leaves damaged ones out
         if variant is not None:
             yield number, variant
 
@@ -148,16 +165,7 @@ def _line(image: KnownImage, recipe: Recipe, number: int, variant: Variant, file
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file, in one step for whoever looks, unless it is there already."""
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.copyfile(source, part)
-    os.replace(part, target)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="ascii")
-    os.replace(part, path)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)

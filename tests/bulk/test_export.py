@@ -1,17 +1,17 @@
 import json
 
 import pytest
-from image_folders import own_folder, picture, plain_folder
-from job_fakes import fake_models
 from torchvision.datasets import ImageFolder
 
+from image_folders import own_folder, picture, plain_folder
+from job_fakes import fake_models
 from sgid_transforms.bulk import generate_folder, scan_folder
+from sgid_transforms.bulk.export import export_folder
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import FolderError
 from sgid_transforms.images.keys import to_uint8_chw
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.recipe.recipe import Recipe
-from sgid_transforms.variants.export import export_folder
 from sgid_transforms.variants.store import VariantStore
 
 RECIPE = Recipe()
@@ -45,7 +45,8 @@ def test_torchvision_reads_the_export_as_classes_of_the_same_names(tmp_path, mad
     known = {line["file_name"]: line for line in lines(tmp_path / "out")}
     assert len(known) == 12
     for name, line in known.items():
-        stored = variants.get_image(RECIPE, line["key"], line["variant"])
+        (place,) = {ref.key for ref in variants.iter(RECIPE) if ref.image_key == line["key"]}
+        stored = variants.get_image(RECIPE, place, line["variant"])
         assert to_uint8_chw(load_image(tmp_path / "out" / name)).equal(stored)
         assert name.startswith(line["label"])
         assert line["text"].startswith(f"a photo of a {line['label']}, a thing of colour")

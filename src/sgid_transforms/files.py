@@ -1,0 +1,118 @@
+"""Small things that every room needs around files and processes: whole writes, locks, which job this is, names for people."""
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover (not a POSIX system: nothing is locked there)
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path in the folder of ``path``, which takes its place at the end and vanishes after an error.
+
+    A reader, or a crash, finds either the old file or the whole new one.
+
+    Raises:
+        OSError: As the file system gives it; an existing file is then left as it was.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name[:100]}.{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    finally:
+        with contextlib.suppress(OSError):  # there is none after a success
+            temporary.unlink()
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str, *, fsync: bool = False) -> None:
+    """Write a file that is there whole or not at all; text as UTF-8.
+
+    Raises:
+        OSError: As the file system gives it; an existing file is then left as it was.
+    """
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        if fsync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def try_lock(path: str | os.PathLike[str], *, wait: bool = False) -> int | None:
+    """Lock a file; the lock lasts until the returned descriptor, and every inherited copy of it, is closed.
+
+    Returns:
+        A descriptor, or None when another process holds the lock and ``wait`` is False.
+
+    Raises:
+        OSError: The file cannot be opened or created.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine has this id; True where that cannot be known."""
+    if os.name == "nt" or pid == os.getpid():  # there os.kill would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def job_identity(*more: str) -> str | None:
+    """A name for this distributed job on this machine, the same in all its ranks; None outside of one.
+
+    Ranks of one machine are children of one launcher (``torchrun``, ``mp.spawn``), so the launcher's process id and the
+    job's master address and port name the job.
+
+    Args:
+        more: What the name is for; other words give another name.
+    """
+    dist = sys.modules.get("torch.distributed")  # whoever did not import it has not initialised it either
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        size = dist.get_world_size()
+    else:
+        size = int(os.environ.get("WORLD_SIZE", "").strip() or 1)
+    if size <= 1:
+        return None
+    job = (str(os.getppid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), *more)
+    return sha256("\0".join(job).encode()).hexdigest()[:24]
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Free space on the file system where ``path`` is, or would be."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def show(path: str | os.PathLike[str]) -> str:
+    """A path for people: bytes that are no text, and control characters, are escaped."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
