@@ -44,6 +44,8 @@ from classification.results import Rows, digest
 from classification.summary import markdown, plot, views_markdown
 from classification.training import Training, accuracy, train
 
+from sgid_transforms.building.address import Address
+
 FIELDS = (
     "run", "data", "n", "seed", "method", "model", "steps", "batch_size", "measured_on", "images", "accuracy", "replaced",
     "recipe", "p", "k", "rejected", "seconds", "threads", "device", "torch",
@@ -231,14 +233,14 @@ def judge_run(experiment: Experiment, run: Run) -> dict[str, Any] | None:
     task = task_of(experiment.data, experiment.root, experiment.download)
     indices = choose(task.train.labels, run.n, run.seed)
     subset, recipe = subset_of(experiment, run, task.train, indices), recipe_of(experiment, run)
-    sgid = subset.augment(recipe, p=1.0, k=run.method.variants.k)
+    sgid, address = subset.augment(recipe, p=1.0, k=run.method.variants.k), Address(recipe)
     originals, labels, variants = [], [], []
     each = min(run.method.variants.k, 4)
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(run.seed)).tolist()
     for index in order:
         image, label = subset.images[index]
-        key = sgid.key_of(image)
-        found = [subset.variants.get_image(recipe, key, number) for number in range(run.method.variants.k)]
+        place = address.key(subset.captions.get(sgid.key_of(image)))
+        found = [subset.variants.get_image(recipe, place, number) for number in range(run.method.variants.k)]
         made = [picture for picture in found if picture is not None]
         if len(made) >= each and len(originals) < experiment.judged:  # of rejected ones there is nothing to judge
             originals.append(image)

@@ -1,6 +1,7 @@
 """Samples per second of a training loop: what the augmentation costs, with no variants yet, with all of them, and in between.
 
     python benchmarks/loader.py                                     # the bundled pictures, tiny, a small ResNet
+    python benchmarks/loader.py --service 5                         # what the service costs beside the generator alone
     python benchmarks/loader.py --data FOLDER --model resnet50 --size 224 --generator stabilityai/sd-turbo --device cuda \\
         --workers 8 --batch-size 64 --steps 200 --warmup 20
 
@@ -13,6 +14,10 @@
 Every way trains the same model on images in the same order. Steps are timed after ``--warmup`` others, until the device has
 finished. On CUDA ``idle`` is the share of that time in which the device was not busy with a training step, by events. Captions
 are made beforehand, as in a real training.
+
+``--service ROUNDS`` compares variants per second of two ways to the same variants: one pass of a `DataLoader` with workers over
+an `SGIDDataset` on an empty store, through the service, and the same requests handed to a `Generator` in one call. Models are
+loaded and warmed up beforehand; the ways take turns, and the median of the rounds' ratios counts.
 """
 
 from __future__ import annotations
@@ -20,10 +25,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +41,10 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from sgid_transforms import Recipe, SGIDAugment, SGIDDataset
+from sgid_transforms import GenerationRequest, GenerationResult, Generator, Recipe, SGIDAugment, SGIDDataset, VariantStore
+from sgid_transforms.building.builder import Builder
+from sgid_transforms.building.wanted import Wanted
+from sgid_transforms.images.keys import to_uint8_chw
 
 WAYS = ("none", "randaugment", "sgid cold", "sgid queue", "sgid warm")
 SAMPLES = Path(__file__).parents[1] / "src" / "sgid_transforms" / "assets" / "samples"
@@ -155,6 +165,61 @@ def fill(dataset: Any, args: argparse.Namespace, store: Path) -> None:
         raise SystemExit(f"{len(report.failed)} variants could not be made: {report.failed[0]}")
 
 
+class Recorder:
+    """Stands in for a generator: notes what it is asked for, and makes nothing."""
+
+    def __init__(self, generator: Any) -> None:
+        self.tokenizer, self.max_tokens = generator.tokenizer, generator.max_tokens
+        self.requests: list[GenerationRequest] = []
+
+    def __call__(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        self.requests += requests
+        return [GenerationResult(None, "not made", failed=True) for _ in requests]
+
+
+def service_efficiency(rounds: int, args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
+    """Variants per second through the service and by a direct call, and their ratio, for each round."""
+    plain = ImageFolder(args.data)
+    args.captions, args.p, args.k = folder / "captions.sqlite", 1.0, 1
+    base = sgid_of(args, folder / "none", "original")
+    base.prepare(plain, progress=False)
+    generator = Generator.from_recipe(base.recipe, args.device, batch_size=args.generator_batch)
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    rows = []
+    for number in range(rounds + 1):  # the first one warms both ways up
+        recipe = base.recipe.replace(seed=number)
+        store = folder / f"round-{number}"
+        sgid = SGIDAugment(
+            recipe=recipe, captions=args.captions, variants=store, p=1.0, variants_per_image=1, device=args.device
+        )
+        recorder = Recorder(generator)
+        wanted = [Wanted(sgid.key_of(image), 0, to_uint8_chw(image)) for image, _ in plain]
+        Builder(recipe, recorder, VariantStore(folder / "recorded"), base.captions)(wanted)
+        loader = DataLoader(SGIDDataset(plain, sgid, to_tensor), batch_size=args.batch_size, num_workers=args.workers)
+
+        def served(sgid: SGIDAugment = sgid, loader: DataLoader[Any] = loader, first: Wanted = wanted[0]) -> float:
+            with sgid.serve(max_batch=args.batch_size, batch_size=args.generator_batch) as service:
+                service.client.generate([replace(first, variant=1)])  # so that the model is warm
+                start = time.perf_counter()
+                for _ in loader:
+                    pass
+                return time.perf_counter() - start
+
+        def direct(requests: Sequence[GenerationRequest] = tuple(recorder.requests)) -> float:
+            start = time.perf_counter()
+            generator(requests)
+            return time.perf_counter() - start
+
+        seconds = {way: way() for way in ((served, direct) if number % 2 else (direct, served))}
+        count = len(recorder.requests)
+        if number:
+            assert sgid.stats().generated == count + 1, sgid.stats()
+            rows.append({"service": count / seconds[served], "direct": count / seconds[direct]})
+            rows[-1]["ratio"] = rows[-1]["service"] / rows[-1]["direct"]
+            print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
+    return rows
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table; what a way does not have is left empty."""
     first = rows[0]["samples/s"]
@@ -189,12 +254,19 @@ def main(arguments: list[str] | None = None) -> None:
     add("--k", type=int, default=4, help="variants per image")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=0, help="torch threads of the training; 0: torch's own choice")
+    add("--service", type=int, default=0, metavar="ROUNDS", help="compare the service with the generator alone instead")
     add("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
+        if args.service:
+            rows = list(service_efficiency(args.service, args, Path(name)))
+            ratios = sorted(row["ratio"] for row in rows)
+            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+            print(f"through the service: {statistics.median(ratios):.2f} of the generator alone ({spread}, {len(rows)} rounds)")
+            return
         for row in measure(args.ways, args, Path(name)):
             rows.append(row)
             print(f"{row['way']}: {row['samples/s']:.1f} samples/s", flush=True)

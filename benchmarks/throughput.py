@@ -42,8 +42,9 @@ from typing import Any
 import torch
 from random_models import BLIP_TOKENS, NAMES, random_pipeline, save_random_captioner, save_random_clip
 
-from sgid_transforms import Filters, GenerationError, Generator, Recipe, VariantStore, image_key
-from sgid_transforms.building.builder import VariantJob, VariantMaker
+from sgid_transforms import CaptionRecord, CaptionStore, Filters, GenerationError, Generator, Recipe, VariantStore, image_key
+from sgid_transforms.building.builder import Builder
+from sgid_transforms.building.wanted import Wanted
 from sgid_transforms.generation.filters import ImageFilter
 from sgid_transforms.models.attention import apply_attention
 from sgid_transforms.models.captioner import BLIP, Captioner
@@ -123,6 +124,26 @@ class Stopwatch:
             yield
         finally:
             setattr(owner, name, original)
+
+    @contextmanager
+    def counting_stream(self, stage: str, engine: Any) -> Iterator[None]:
+        """Count to a stage what an engine's stream does between its answers, while inside."""
+        original = engine.stream
+
+        def counted(pull: Any) -> Iterator[Any]:
+            answers = original(pull)
+            while True:
+                with self.counting(stage):
+                    group = next(answers, None)
+                if group is None:
+                    return
+                yield group
+
+        engine.stream = counted
+        try:
+            yield
+        finally:
+            del engine.stream
 
     def take(self) -> dict[str, float]:
         """Seconds of each stage since the last call."""
@@ -206,6 +227,7 @@ def recipe_of(configuration: Configuration, args: argparse.Namespace) -> Recipe:
     """One strength and one guidance scale for all images, as the baselines need it; a filter that looks and rejects nothing."""
     return Recipe.for_model(
         configuration.model,
+        revision="benchmark",
         strength=args.strength,
         guidance=guidance_of(configuration.model, args.guidance),
         num_inference_steps=configuration.steps,
@@ -294,8 +316,8 @@ def measure_ours(loaded: Loaded, configuration: Configuration, args: argparse.Na
         compile=configuration.compile,
         pipeline=loaded.pipeline,
     )
-    store = VariantStore(folder / "variants")
-    maker = VariantMaker(recipe, generator, store)
+    notes = CaptionStore(folder / "captions.sqlite")
+    builder = Builder(recipe, generator, VariantStore(folder / "variants"), notes)
     keys = [image_key(image) for image in images]
 
     def run(number: int) -> None:
@@ -304,16 +326,15 @@ def measure_ours(loaded: Loaded, configuration: Configuration, args: argparse.Na
             forget()
         with watch.counting("caption"):
             captions = loaded.captioner.caption(images)
-        jobs = [
-            VariantJob(key, number, image, LABELS[i % len(LABELS)], caption)  # another variant in each round: none is there
-            for i, (key, image, caption) in enumerate(zip(keys, images, captions, strict=True))
-        ]
-        for outcome in maker(jobs):
-            if outcome.image is None:
-                raise RuntimeError(f"a variant could not be made: {outcome.error or outcome.reason}")
+        labels = [LABELS[i % len(LABELS)] for i in range(len(keys))]
+        notes.put_many(CaptionRecord(*one) for one in zip(keys, captions, labels, strict=True))
+        # Another variant in each round: none of them is there.
+        for outcome in builder([Wanted(key, number, image) for key, image in zip(keys, images, strict=True)]):
+            if outcome.reason:
+                raise RuntimeError(f"a variant could not be made: {outcome.reason}")
 
     with (
-        watch.counting_calls("generate", generator.engine, "run"),
+        watch.counting_stream("generate", generator.engine),
         watch.counting_calls("filter", ImageFilter, "__call__"),
         watch.counting_calls("store", VariantStore, "put"),
     ):

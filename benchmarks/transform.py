@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from sgid_transforms import CaptionStore, Recipe, SGIDAugment, VariantStore, image_key
+from sgid_transforms import CaptionRecord, CaptionStore, Recipe, SGIDAugment, VariantStore, image_key
+from sgid_transforms.building.address import Address
 from sgid_transforms.variants import Provenance
 
 VARIANTS = 4
@@ -71,12 +72,15 @@ def compare(folder: Path, picture: str, size: int, image_format: str = "auto", r
     """One row: ``rounds`` blocks of ``calls`` calls for each of the two."""
     image = PICTURES[picture](size)
     recipe = replace(Recipe.for_model("tiny"), image_format=image_format)
-    store = VariantStore(folder / "variants", fsync=False)
+    store, captions = VariantStore(folder / "variants", fsync=False), CaptionStore(folder / "captions.sqlite")
+    record = CaptionRecord(image_key(image), "a caption of some words", label="frog", rank=0.5, scorer="tiny")
+    captions.put(record)
+    place = Address(recipe).key(record)
     for variant in range(VARIANTS):
-        store.put(recipe, image_key(image), variant, v2.functional.pil_to_tensor(image), PROVENANCE)
+        store.put(recipe, place, variant, v2.functional.pil_to_tensor(image), PROVENANCE)
     sgid = SGIDAugment(
         recipe=recipe,
-        captions=CaptionStore(folder / "captions.sqlite"),
+        captions=captions,
         variants=store,
         p=1.0,
         variants_per_image=VARIANTS,

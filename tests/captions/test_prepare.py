@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -13,8 +14,10 @@ from torchvision.transforms import v2
 from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.images.keys import image_key
+from sgid_transforms.images.reading import load_image
 from sgid_transforms.transforms.augment import SGIDAugment
 from sgid_transforms.transforms.dataset import SGIDDataset
+from sgid_transforms.variants import Provenance, VariantStore
 
 
 @pytest.fixture
@@ -226,3 +229,41 @@ def test_ranks_of_one_job_prepare_each_data_set_once(
     assert sgid.captioner.seen == 12
     other = image_folder(tmp_path / "other", size=24)  # as many images, but other ones
     assert sgid.prepare(ImageFolder(other), progress=False).captioned == 12
+
+
+@pytest.mark.parametrize("size", [(14_000, 13_000), (9_000, 8_000)])
+def test_a_picture_that_is_too_large_is_listed_and_the_rest_done(sgid: SGIDAugment, tmp_path: Path, size: Any) -> None:
+    (tmp_path / "d" / "cat").mkdir(parents=True)
+    pil_picture(0).save(tmp_path / "d" / "cat" / "b.png")
+    Image.new("1", size).save(tmp_path / "d" / "cat" / "a.png")  # the very first one
+    report = sgid.prepare(ImageFolder(tmp_path / "d", loader=load_image), progress=False)
+    assert (report.captioned, [index for index, _ in report.failed]) == (1, [0])
+
+
+def test_variants_inside_the_data_get_no_variants(sgid: SGIDAugment, folder: Path) -> None:
+    VariantStore(folder / "variants").put("01aa", "ab" * 16, 0, picture(77), Provenance("x"))
+    report = sgid.prepare(ImageFolder(folder), progress=False)
+    assert (report.captioned, len(report.failed)) == (12, 1)
+    assert "it is a variant or an export, not an original" in report.failed[0][1]
+
+
+def test_a_moved_folder_is_noticed(sgid: SGIDAugment, folder: Path) -> None:
+    sgid.prepare(ImageFolder(folder), progress=False)
+    folder.rename(folder.with_name("moved"))
+    assert sgid.prepare(ImageFolder(folder.with_name("moved")), progress=False).known == 12
+    assert all(Path(str(record.path)).is_file() for record in sgid.captions)
+
+
+def test_names_that_come_later_replace_codes(tmp_path: Path, sgid: SGIDAugment) -> None:
+    (tmp_path / "d" / "n02123045").mkdir(parents=True)
+    pil_picture(0).save(tmp_path / "d" / "n02123045" / "a.png")
+    sgid.prepare(ImageFolder(tmp_path / "d"), progress=False)
+    assert {record.label for record in sgid.captions} == {"n02123045"}
+    sgid.class_names = {"n02123045": "tabby cat"}
+    assert sgid.prepare(ImageFolder(tmp_path / "d"), progress=False).changed == {"label": 1}
+    assert {record.label for record in sgid.captions} == {"tabby cat"}
+
+
+def test_a_data_set_without_labels_can_be_prepared_for_a_prompt_with_one(sgid: SGIDAugment) -> None:
+    sgid.prepare(Pictures(0, 1, label=-1), progress=False)
+    assert {record.label for record in sgid.captions} == {None}

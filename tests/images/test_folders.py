@@ -1,6 +1,8 @@
+import json
 import os
 
 import pytest
+import torch
 from torchvision.datasets import ImageFolder
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
@@ -8,6 +10,7 @@ from sgid_transforms.errors import FolderError, RecipeError
 from sgid_transforms.images.folders import list_folder, scan_files, show
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import load_image
+from sgid_transforms.variants import Provenance, VariantStore
 
 
 def scan(root, names=None):
@@ -63,16 +66,48 @@ def test_images_outside_of_class_folders_are_listed(tmp_path):
     assert listing.ignored == 1
 
 
-def test_hidden_files_and_folders_do_not_count(tmp_path):
+def test_hidden_images_count_as_for_image_folder_or_are_listed(tmp_path):
+    """`.ipynb_checkpoints` of a class is read by ImageFolder; such images were neither used nor listed."""
     root = plain_folder(tmp_path, 1)
-    (root / ".cache").mkdir()
-    picture(1).save(root / ".cache" / "x.png")
-    (root / "cat" / ".hidden").mkdir()
-    picture(2).save(root / "cat" / ".hidden" / "x.png")
+    (root / "cat" / ".ipynb_checkpoints").mkdir()
+    picture(2).save(root / "cat" / ".ipynb_checkpoints" / "x.png")
     (root / "cat" / ".DS_Store").touch()
     listing = list_folder(root)
-    assert len(listing.files) == 2
+    assert len(listing.files) == len(ImageFolder(root)) == 3
     assert (listing.skipped, listing.ignored) == ((), 0)
+    (root / ".cache").mkdir()
+    assert list_folder(root).skipped == ()  # ImageFolder refuses it, as it does every folder without images
+    picture(1).save(root / ".cache" / "x.png")
+    assert [one.path.name for one in list_folder(root).skipped] == [".cache"]
+
+
+def _store(place):
+    VariantStore(place).put("01aa", "ab" * 16, 0, torch.zeros(3, 8, 8, dtype=torch.uint8), Provenance("x"))
+
+
+def _export(place):
+    (place / "cat").mkdir(parents=True)
+    picture(9).save(place / "cat" / "x.png")
+    line = {"file_name": "cat/x.png", "key": "ab", "recipe": "01aa", "text": "a cat"}
+    (place / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize("where", ["variants", "cat/variants", "dog/deep/er/anything", ".hidden"])
+@pytest.mark.parametrize("write", [_store, _export])
+def test_what_this_package_wrote_is_never_taken_for_originals(tmp_path, where, write):
+    """`cd photos && sgid generate .` twice: the store became a class, whose variants got variants at every resume."""
+    root = plain_folder(tmp_path, 2)
+    before = list_folder(root)
+    write(root / where)
+    after = list_folder(root)
+    assert (after.files, after.classes, after.skipped) == (before.files, before.classes, ())
+
+
+def test_somebody_elses_metadata_makes_no_export(tmp_path):
+    root = plain_folder(tmp_path, 1)
+    (root / "cat" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
+    (root / "dog" / "metadata.jsonl").write_text("[" * 100_000)
+    assert list_folder(root).classes == ("cat", "dog")
 
 
 def test_a_link_in_a_circle_ends(tmp_path):

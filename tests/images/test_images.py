@@ -1,4 +1,6 @@
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -6,7 +8,6 @@ from PIL import Image
 
 from image_folders import picture
 from sgid_transforms.errors import ImageError
-from sgid_transforms.images import reading as images
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import load_image, read_image
 
@@ -87,9 +88,41 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     chunk = b"IHDR" + header
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     path = broken(tmp_path, "bomb.png", data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
-    with pytest.raises(ImageError, match="safe to decode"):
+    with pytest.raises(ImageError, match="more than 67,108,864 pixels"):
         load_image(path)
 
 
-def test_the_limit_is_pillows(tmp_path):
-    assert images.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+@pytest.mark.parametrize("size", [(16384, 1), (1, 17000), (8193, 8193)])
+def test_what_no_store_could_hold_is_refused_at_once(tmp_path, size):
+    """One picture of 17,000 pixels in width passed the reader, and ended the whole job at the store, at every rerun."""
+    Image.new("1", size).save(tmp_path / "wide.png")
+    with pytest.raises(ImageError, match="a side of more than 16,383; scale it down"):
+        load_image(tmp_path / "wide.png")
+
+
+def _png16(path, colour, channels):
+    rows = np.full((4, 4, channels), 200, ">u2")
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_pngs_of_16_bits_are_refused_whatever_pillows_mode_says(tmp_path, colour, channels):
+    """Pillow says "RGB", and dark pictures came out black."""
+    _png16(tmp_path / "deep.png", colour, channels)
+    with pytest.raises(ImageError, match="more than 8 bits a channel"):
+        load_image(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize(("magic", "channels"), [(b"P5", 1), (b"P6", 3)])
+def test_pnms_of_16_bits_are_refused_and_those_of_8_are_read(tmp_path, magic, channels):
+    (tmp_path / "deep.ppm").write_bytes(magic + b" 2 2 65535\n" + bytes(8 * channels))
+    with pytest.raises(ImageError, match="more than 8 bits a channel"):
+        load_image(tmp_path / "deep.ppm")
+    (tmp_path / "usual.ppm").write_bytes(magic + b" 2 2 255\n" + bytes(4 * channels))
+    assert load_image(tmp_path / "usual.ppm").size == (2, 2)

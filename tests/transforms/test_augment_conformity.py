@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -510,3 +511,42 @@ def test_summary_counts_since_the_last_one(make: Make) -> None:
     sgid(pil_picture(0))
     assert sgid.epoch_summary().startswith("SGID: 2 seen, 2 gated, 2 hits, 0 misses, 0 generated")
     assert sgid.stats().seen == 3
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        np.zeros((32, 32, 3), np.uint8),
+        {"image": np.zeros((32, 32, 3), np.uint8), "mask": np.zeros((32, 32), np.uint8)},
+        (np.zeros((32, 32), np.float32), 3),
+        torch.zeros(28, 28, dtype=torch.uint8),
+    ],
+    ids=["opencv", "albumentations", "grey", "no channel"],
+)
+def test_images_in_a_form_that_is_not_taken_are_refused_instead_of_passed_by(make: Make, sample: Any) -> None:
+    """They came back untouched: a whole training ran without a single variant and without a word."""
+    with pytest.raises((TypeError, ValueError), match=r"put v2\.ToImage|has no channels"):
+        make()(sample)
+
+
+def test_other_tensors_beside_an_image_pass_through(make: Make) -> None:
+    extras = {
+        "mask": torch.zeros(1, 32, 32, dtype=torch.int64),
+        "flow": torch.zeros(2, 32, 32),
+        "ids": torch.arange(6).view(1, 2, 3),
+    }
+    output = make()({"image": pil_picture(0), **extras})
+    assert all(output[name] is value for name, value in extras.items())
+    assert output["image"].tobytes() != pil_picture(0).tobytes()
+
+
+def test_a_device_that_is_not_there_obeys_on_error(make: Make) -> None:
+    def on_cuda(recipe: Any, device: str, **options: Any) -> Any:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    with pytest.raises(GenerationError, match="not compiled with CUDA"):
+        make(generator=on_cuda)(pil_picture(0))
+    sgid = make(generator=on_cuda, on_error="original")
+    image = pil_picture(0)
+    assert sgid(image) is image
+    assert sgid.stats().fallbacks == 1

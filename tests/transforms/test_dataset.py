@@ -5,7 +5,7 @@ import pickle
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -301,3 +301,20 @@ def test_real_model_in_this_process_and_in_a_service(tmp_path: Path) -> None:
         assert (a - b).abs().max() <= 2
         assert (mine is original) == (theirs is original)
     assert any(mine is not original for mine, original in zip(local, images, strict=True))
+
+
+class Item(NamedTuple):
+    image: Any
+    label: int
+
+
+@pytest.mark.parametrize(
+    "item",
+    [{"image": pil_picture(0), "label": 1}, Item(pil_picture(0), 1), [pil_picture(0), 1], (pil_picture(0), 1, "more")],
+    ids=["dict", "named tuple", "list", "tuple"],
+)
+def test_a_target_transform_keeps_the_form_of_the_item(tmp_path: Path, item: Any) -> None:
+    sgid = SGIDAugment(captions=tmp_path / "c.sqlite", variants=tmp_path / "v", p=0.0)
+    [out] = SGIDDataset([item], sgid, target_transform=lambda label: label + 10).__getitems__([0])
+    assert type(out) is type(item)
+    assert (out["label"] if isinstance(out, dict) else out[1]) == 11

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from sgid_transforms.building.factory import Describer
 
+from sgid_transforms.captions.prepare import Describer
 from sgid_transforms.generation.generator import Generator
 from sgid_transforms.generation.requests import GenerationRequest
 from sgid_transforms.images.folders import list_folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sgid_transforms.bulk.plan import Models
-from sgid_transforms.captions.prepare import Describer, Entry, complete
+from sgid_transforms.captions.prepare import Describer, Entry, alone, complete
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.images.folders import ImageFile, Scan, Skipped, list_folder, scan_files
 from sgid_transforms.images.reading import load_image
@@ -92,7 +92,8 @@ def caption_folder(
             path = os.path.abspath(image.file.path)
             yield Entry(image.key, image.file.label, path, partial(load_image, path))
 
-    done = complete(entries(), captions, describer, lambda: stopped)
+    with alone(captions):
+        done = complete(entries(), captions, describer, lambda: stopped)
     skipped = (*scan.skipped, *(Skipped(Path(path or ""), reason) for path, reason in done.failed))
     turned = sum(image.turned for image in scan.images)
     return CaptionReport(len(scan.images), done.captioned, done.scored, skipped, stopped, turned, scan.duplicates)

@@ -12,11 +12,12 @@ from sgid_transforms.building.address import Address
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import FolderError
 from sgid_transforms.files import atomic_write, replacing, show
-from sgid_transforms.images.folders import KnownImage, Scan, Skipped
+from sgid_transforms.images.folders import EXPORT_METADATA, KnownImage, Scan, Skipped
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import Variant, VariantRef, VariantStore
 
-METADATA = "metadata.jsonl"
+METADATA = EXPORT_METADATA
+_LONGEST_STEM = 180  # bytes; with what is added, and a temporary name, below the 255 of most file systems
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def export_folder(
                 lines.append(_copy_original(image, recipe, top))
                 counts["originals"] += 1
             for number, variant in found:
-                name = f"{image.file.path.stem}-{image.key[:8]}-{number}{variant.path.suffix}"
-                _copy(variant.path, top / image.file.folder / name)
-                lines.append(_line(image, recipe, number, variant, f"{image.file.folder}/{name}"))
+                name = f"{_stem(image)}-{image.key[:8]}-{number}{variant.path.suffix}"
+                _copy(variant.path, top / _text(image.file.folder) / name)
+                lines.append(_line(image, recipe, number, variant, f"{_text(image.file.folder)}/{name}"))
                 counts["variants"] += 1
             if not found:
                 skipped.append(Skipped(image.file.path, "it has no variants of this recipe; run sgid generate first"))
@@ -95,6 +96,8 @@ def _check_target(top: Path, scan: Scan, recipe: Recipe) -> None:
     if top.exists() and not top.is_dir():
         raise FolderError(f"{show(top)} is a file; give a folder to export to")
     inside = top.resolve()
+    if scan.root is not None and inside.is_relative_to(scan.root.resolve()):
+        raise FolderError(f"{show(top)} lies inside of the images' folder {show(scan.root)}; export to a folder of its own")
     for folder in {image.file.path.parent for image in scan.images}:
         source = folder.resolve()
         if source.is_relative_to(inside) or inside.is_relative_to(source):
@@ -133,11 +136,11 @@ def _variants_of(recipe: Recipe, variants: VariantStore, refs: Mapping[int, Vari
 
 
 def _copy_original(image: KnownImage, recipe: Recipe, top: Path) -> dict[str, Any]:
-    name = f"{image.file.path.stem}-{image.key[:8]}{image.file.path.suffix}"
-    _copy(image.file.path, top / image.file.folder / name)
+    name = f"{_stem(image)}-{image.key[:8]}{image.file.path.suffix}"
+    _copy(image.file.path, top / _text(image.file.folder) / name)
     label = image.file.label
     return {
-        "file_name": f"{image.file.folder}/{name}",
+        "file_name": f"{_text(image.file.folder)}/{name}",
         "text": label,
         "label": label,
         "key": image.key,
@@ -153,7 +156,7 @@ def _line(image: KnownImage, recipe: Recipe, number: int, variant: Variant, file
         "label": image.file.label,
         "key": image.key,
         "variant": number,
-        "original": image.file.path.name,
+        "original": _text(image.file.path.name),
         "recipe": recipe.fingerprint,
         "model": made.model,
         "strength": made.strength,
@@ -161,6 +164,19 @@ def _line(image: KnownImage, recipe: Recipe, number: int, variant: Variant, file
         "seed": made.seed,
         "similarity": made.similarity,
     }
+
+
+def _stem(image: KnownImage) -> str:
+    """The file's own name, as far as every file system and every reader of JSON takes it."""
+    stem = _text(image.file.path.stem)
+    while len(stem.encode()) > _LONGEST_STEM:
+        stem = stem[:-1]
+    return stem
+
+
+def _text(name: str) -> str:
+    """A name with its undecodable bytes replaced."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _copy(source: Path, target: Path) -> None:

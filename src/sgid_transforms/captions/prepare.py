@@ -1,9 +1,12 @@
 """Captions and similarities for a whole data set, once; what is there already, and still holds, is kept."""
 
+import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +16,10 @@ from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.files import job_identity, try_lock
 from sgid_transforms.images.datasets import RawImages, RawSample
+from sgid_transforms.images.folders import is_ours
 from sgid_transforms.images.keys import image_key, to_uint8_chw
-from sgid_transforms.images.labels import label_name
+from sgid_transforms.images.labels import ClassNames, label_name
+from sgid_transforms.images.reading import READ_ERRORS
 from sgid_transforms.recipe.prompts import build_prompt, parse_template
 
 _log = logging.getLogger("sgid_transforms")
@@ -102,6 +107,22 @@ class Describer:
         ]
 
 
+@contextlib.contextmanager
+def alone(captions: CaptionStore) -> Iterator[int | None]:
+    """Only one process at a time captions into a store: what one is writing, the others need not write as well.
+
+    Yields the descriptor of the lock's file; None where no such file can be made, as beside a read-only store.
+    """
+    lock = None
+    with contextlib.suppress(OSError):
+        lock = try_lock(f"{os.fspath(captions.path)}.lock", wait=True)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 class Entry(NamedTuple):
     """One image that is to have a record.
 
@@ -136,7 +157,7 @@ def prepare(
     template: str = "a photo of a {label}, {caption}",
     captioner: Any = "tiny",
     scorer: Any = "tiny",
-    class_names: Mapping[str, str] | Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     key: Callable[[Any], str] = image_key,
     stop: type | None = None,
     batch_size: int = 32,
@@ -175,8 +196,7 @@ def prepare(
     describer = Describer(template, captioner, scorer, device, batch_size)
     needs_label = any(name == "label" for _, name in parse_template(template))
     failed: list[tuple[int, str]] = []
-    lock = try_lock(f"{os.fspath(captions.path)}.lock", wait=True)
-    try:
+    with alone(captions) as lock:
         job = job_identity(str(captions.path), images.identity(key))
         if lock is not None and job is not None and os.pread(lock, 200, 0) == job.encode():
             return PrepareReport(len(images), known=len(images))  # another rank of this job has just done it
@@ -186,8 +206,10 @@ def prepare(
                 for index in range(len(images)):
                     try:
                         sample = images[index]
+                        if sample.path is not None and _lies_in_ours(os.path.dirname(sample.path)):
+                            raise ValueError("it is a variant or an export, not an original; keep those elsewhere")
                         name = key(sample.image)
-                    except (OSError, ValueError, TypeError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+                    except READ_ERRORS as error:
                         failed.append((index, f"{type(error).__name__}: {error}"))
                     else:
                         label = _name_of(sample, class_names, needs_label)
@@ -198,9 +220,6 @@ def prepare(
         if lock is not None and job is not None:
             os.ftruncate(lock, 0)
             os.pwrite(lock, job.encode(), 0)
-    finally:
-        if lock is not None:
-            os.close(lock)
     return PrepareReport(len(images), tally.captioned, tally.scored, tally.known, tuple(failed), tally.changed)
 
 
@@ -222,6 +241,7 @@ def complete(
     """
     tally = Tally()
     waiting: list[Entry] = []
+    moved: list[CaptionRecord] = []  # records whose image file lies elsewhere now
     pending: dict[str, tuple[CaptionRecord, torch.Tensor]] = {}
 
     def decide() -> None:
@@ -229,19 +249,23 @@ def complete(
         for entry in waiting:
             known = records.get(entry.key)
             stale = None if known is None else _stale(known, entry, describer)
-            if stale == "":
+            if known is not None and stale == "":
                 tally.known += 1
+                if entry.path is not None and entry.path != known.path and not os.path.exists(known.path or ""):
+                    moved.append(replace(known, path=entry.path))
             elif entry.key not in pending:
                 record = _to_do(known, entry, stale)
                 try:
                     pending[entry.key] = (record, to_uint8_chw(entry.load()))
-                except (OSError, ValueError) as error:
+                except READ_ERRORS as error:
                     tally.failed.append((entry.path, str(error)))
                     continue
                 tally.captioned += not record.captioner and not record.caption
                 if stale and stale != "score":
                     tally.changed[stale] = tally.changed.get(stale, 0) + 1
         waiting.clear()
+        captions.put_many(moved)
+        moved.clear()
 
     def flush() -> None:
         if pending:
@@ -298,15 +322,23 @@ def _name(model: Any) -> str:
     return model if isinstance(model, str) else str(getattr(model, "id", type(model).__name__))
 
 
-def _name_of(sample: RawSample, class_names: Mapping[str, str] | Sequence[str] | None, needed: bool) -> str | None:
+def _name_of(sample: RawSample, class_names: ClassNames | None, needed: bool) -> str | None:
     """The class name in words: by the caller's names, else by the data set's own."""
-    name = label_name(sample.label, class_names)
-    if name is None and sample.classes is not None and not isinstance(sample.label, str):
-        raw = sample.classes[sample.label] if isinstance(sample.label, int) and sample.label < len(sample.classes) else None
-        name = label_name(raw, class_names if isinstance(class_names, Mapping) else None)
-    if name is None and sample.label is not None and needed:
+    name = label_name(sample.label, class_names, sample.classes)
+    if name is None and needed and not _means_none(sample.label):
         raise ValueError(f"class {sample.label!r} has no name; pass class_names=[...] in the order of the class numbers")
     return name
+
+
+@functools.lru_cache(maxsize=65536)
+def _lies_in_ours(folder: str) -> bool:
+    parents = (Path(folder), *Path(folder).parents)
+    return any(is_ours(parent) for parent in parents)
+
+
+def _means_none(label: Any) -> bool:
+    """No label, or a negative number, by which data sets say the same."""
+    return label is None or (isinstance(label, int) and label < 0)
 
 
 def _check_repeatable(images: RawImages, key: Callable[[Any], str]) -> None:
@@ -314,7 +346,9 @@ def _check_repeatable(images: RawImages, key: Callable[[Any], str]) -> None:
         return
     try:
         twice = [key(images[0].image) for _ in range(2)]
-    except OSError:  # one unreadable file; it is listed with the others
+    except TypeError:  # items without an image: no data set for us at all
+        raise
+    except READ_ERRORS:  # one that cannot be read is listed with the others
         return
     if twice[0] != twice[1]:
         raise ValueError(

@@ -99,7 +99,7 @@ def class_names_from(path: Path | None) -> dict[str, str] | None:
         return None
     names: Any = None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         names = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         problem = "is not a table of names"
     except OSError as error:

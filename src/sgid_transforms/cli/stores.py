@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,12 @@ from sgid_transforms.cli.output import PARTIAL, bar, fail, list_skipped, say, sa
 from sgid_transforms.errors import StoreError
 from sgid_transforms.files import show
 
+if TYPE_CHECKING:
+    from sgid_transforms.recipe.recipe import Recipe
+    from sgid_transforms.variants.store import VariantRef, VariantStore
+
+_Texts = Annotated[Path | None, typer.Option("--captions", metavar="FILE", help="Caption store, to find outdated variants.")]
+
 
 def export(
     data: options.Data,
@@ -19,6 +25,7 @@ def export(
     variants: options.Variants = Path("variants"),
     recipe: options.RecipeFile = None,
     model: options.Model = None,
+    captions: options.Captions = Path("captions.sqlite"),
     originals: Annotated[bool, typer.Option("--originals", help="Copy the original images as well.")] = False,
     class_names: options.ClassNames = None,
     json: options.Json = False,
@@ -26,16 +33,19 @@ def export(
     """Write variants as an ordinary folder of class folders.
 
     OUT gets class folders named as DATA's, and a metadata.jsonl: torchvision's ImageFolder and Hugging Face's imagefolder
-    both read it. Files are copied as they are.
+    both read it. Files are copied as they are. Variants that were made under another caption or label than the caption store
+    has now are left out.
     """
     from sgid_transforms.bulk import scan_folder
     from sgid_transforms.bulk.export import export_folder
+    from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.variants.store import VariantStore
 
     wanted = options.recipe_from(recipe, model)
     scan = scan_folder(data, options.class_names_from(class_names), progress=not json)
     store = VariantStore(variants, readonly=True)
-    done = export_folder(scan, wanted, store, out, originals=originals, progress=bar("copying", "img", json))
+    texts = CaptionStore(captions, readonly=True) if captions.exists() else None
+    done = export_folder(scan, wanted, store, out, captions=texts, originals=originals, progress=bar("copying", "img", json))
     if json:
         say_json({"out": out, "report": done})
     else:
@@ -53,11 +63,15 @@ def export(
 def verify(
     variants: options.Store = Path("variants"),
     repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to DIR/quarantine.")] = False,
+    captions: _Texts = None,
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
     json: options.Json = False,
 ) -> int:
     """Check every file of a variant store.
 
-    Each is read, decoded, and compared with its digest. After --repair, `sgid generate` makes what was damaged again.
+    Each is read, decoded, and compared with its digest. After --repair, `sgid generate` makes what was damaged again. With
+    --captions, variants of the recipe that training does not find any more are counted: their text has changed since.
     """
     store = options.variant_store(variants, readonly=not repair)
     try:
@@ -69,9 +83,12 @@ def verify(
         again = options.variant_store(variants).verify()  # a training may have made a damaged variant anew meanwhile
         if left := len(again.damaged) + len(again.foreign):
             fail(f"could not repair {variants}: {left} files could not be moved; check that the folder can be written")
+    outdated = len(_outdated(store, captions, options.recipe_from(recipe, model))) if captions is not None else None
     if json:
-        say_json({"store": variants, "ok": report.ok, "report": report})
+        say_json({"store": variants, "ok": report.ok, "report": report, "outdated": outdated})
     else:
+        if outdated is not None:
+            say(f"{outdated} out of date: the caption, label or guidance of their image has changed (sgid prune removes them)")
         say(f"{report.checked} files checked, {len(report.damaged)} damaged, {len(report.foreign)} foreign")
         for kind, path in found:
             say(f"  {kind}: {show(path)}")
@@ -87,41 +104,63 @@ def prune(
         list[str], typer.Option(metavar="RECIPE", help="To keep: a recipe file, a model, or a fingerprint. Repeatable.")
     ],
     variants: options.Store = Path("variants"),
+    captions: _Texts = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it, only list them.")] = False,
     json: options.Json = False,
 ) -> None:
     """Remove the variants of recipes that you no longer use.
 
-    It removes only files that a store writes.
+    It removes only files that a store writes. With --captions, it also removes variants of the kept recipes that training does
+    not find any more, because the caption, label or guidance of their image has changed since.
     """
     store = options.variant_store(variants, readonly=not yes)
     stats = store.stats()
     there = sorted({*stats.variants, *stats.failures})
     kept = {_fingerprint(name, there) for name in keep}
     removed = {name: stats.variants.get(name, 0) for name in there if name not in kept}
-    freed = sum(stats.bytes.get(name, 0) for name in removed)
+    outdated = [ref for name in keep if captions is not None for ref in _outdated(store, captions, _recipe(name))]
+    freed = sum(stats.bytes.get(name, 0) for name in removed) + sum(ref.path.stat().st_size for ref in outdated)
     if yes and removed:
         store.prune(kept, progress=bar("removing", "file", json))
+    if yes:
+        store.remove(outdated)
     if json:
-        say_json({"store": variants, "kept": sorted(kept), "removed": removed, "bytes": freed, "done": yes})
+        kinds = {"kept": sorted(kept), "removed": removed, "outdated": len(outdated), "bytes": freed, "done": yes}
+        say_json({"store": variants, **kinds})
         return
     for name in there:
         verdict = "kept" if name in kept else "removed" if yes else "would be removed"
         say(f"{name}  {stats.variants.get(name, 0)} variants, {size(stats.bytes.get(name, 0))}: {verdict}")
-    if removed and not yes:
+    if outdated:
+        say(f"{len(outdated)} variants and rejections out of date: {'removed' if yes else 'would be removed'}")
+    if (removed or outdated) and not yes:
         say(f"nothing was removed; add --yes to free {size(freed)}")
 
 
 def _fingerprint(name: str, there: Collection[str]) -> str:
     """The fingerprint that a user means, which must be in the store: a slip would remove everything."""
-    from sgid_transforms.recipe.recipe import Recipe
-
     if name in there:
         return name
-    recipe = Recipe.from_toml(name) if name.endswith(".toml") else Recipe.for_model(name)
+    recipe = _recipe(name)
     if recipe.fingerprint not in there:
         fail(
             f"--keep {name}: the store has no variants of it (fingerprint {recipe.fingerprint}); "
             f"it has {', '.join(there) or 'none at all'}"
         )
     return recipe.fingerprint
+
+
+def _recipe(name: str) -> "Recipe":
+    from sgid_transforms.recipe.recipe import Recipe
+
+    return Recipe.from_toml(name) if name.endswith(".toml") else Recipe(model=name)
+
+
+def _outdated(store: "VariantStore", captions: Path, recipe: "Recipe") -> "list[VariantRef]":
+    """Variants and remembered rejections that no image's present text leads to."""
+    from sgid_transforms.building.address import Address
+    from sgid_transforms.captions.store import CaptionStore
+
+    texts, address = CaptionStore(captions, readonly=True), Address(recipe)
+    both = (one for failures in (False, True) for one in address.current(store, texts, failures=failures))
+    return [one.ref for one in both if one.is_current is False]

@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import copy
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import v2
 
+from sgid_transforms.images.labels import label_field
+from sgid_transforms.images.reading import READ_ERRORS
 from sgid_transforms.images.samples import take_apart
 
 
@@ -19,15 +22,29 @@ class RawSample(NamedTuple):
 
     image: Any
     label: Any
-    classes: Sequence[str] | None
+    classes: Sequence[Any] | None
     path: str | None
+
+
+class _Place(NamedTuple):
+    """Where an item really is.
+
+    Args:
+        dataset: The data set that holds it.
+        position: Its index in there.
+        as_it_is: Whether the data set's own transforms come before ours, as in an ``SGIDDataset``, and so are not looked past.
+    """
+
+    dataset: Any
+    position: int
+    as_it_is: bool
 
 
 class RawImages:
     """A map-style data set without its transforms, or with those only that stand before ``stop`` in a ``Compose``.
 
-    Looks through ``Subset``, ``ConcatDataset`` and their nesting, torchvision's data sets and whatever else keeps its
-    transform in ``transform`` or ``transforms``, and Hugging Face data sets. The data set itself is not changed.
+    Looks through ``Subset``, ``ConcatDataset``, ``SGIDDataset`` and their nesting, torchvision's data sets and whatever else
+    keeps its transform in ``transform`` or ``transforms``, and Hugging Face data sets. The data set itself is not changed.
 
     Args:
         dataset: Has ``__len__`` and ``__getitem__``.
@@ -47,59 +64,64 @@ class RawImages:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> RawSample:
-        leaf, position = _locate(self._dataset, index)
+        leaf, position, as_it_is = _locate(self._dataset, index)
         if id(leaf) not in self._bare:
-            self._bare[id(leaf)] = _without_transforms(leaf, self._stop)
+            self._bare[id(leaf)] = leaf if as_it_is else _without_transforms(leaf, self._stop)
         item = self._bare[id(leaf)][position]
         sample = take_apart(item)
-        return RawSample(sample.image, sample.label, _classes(leaf, item, sample.label), _path(leaf, position))
+        return RawSample(sample.image, sample.label, _classes(leaf, item), _path(leaf, position))
 
     def identity(self, key: Callable[[Any], str]) -> str:
         """A digest of what the data set holds: the places of its items, their files where they are known, and some keys."""
         places = [_locate(self._dataset, index) for index in range(len(self))]
-        leaves = {id(leaf): leaf for leaf, _ in places}
+        leaves = {id(place.dataset): place.dataset for place in places}
         files = [getattr(leaf, "samples", None) for leaf in leaves.values()]
         keys = []
         for index in range(0, len(self), max(1, len(self) // 16)):
-            with contextlib.suppress(OSError, ValueError, TypeError, SyntaxError):
+            with contextlib.suppress(*READ_ERRORS):
                 keys.append(key(self[index].image))
-        return _digest([position for _, position in places], files, keys)
+        parts = repr(([place.position for place in places], files, keys))
+        return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _locate(dataset: Any, index: int) -> tuple[Any, int]:
-    """The data set that really holds an item, and the item's index in there."""
+def _locate(dataset: Any, index: int, as_it_is: bool = False) -> _Place:
+    """The data set that really holds an item."""
     if isinstance(dataset, Subset):
-        return _locate(dataset.dataset, dataset.indices[index])
+        return _locate(dataset.dataset, dataset.indices[index], as_it_is)
     if isinstance(dataset, ConcatDataset):
         number = bisect.bisect_right(dataset.cumulative_sizes, index)
         before = dataset.cumulative_sizes[number - 1] if number else 0
-        return _locate(dataset.datasets[number], index - before)
-    inner = getattr(dataset, "untransformed", None)  # SGIDDataset: its data set's own transforms come before ours
-    return (dataset, index) if inner is None else (inner, index)
+        return _locate(dataset.datasets[number], index - before, as_it_is)
+    inner = dataset.__dict__.get("untransformed") if hasattr(dataset, "__dict__") else None
+    return _Place(dataset, index, as_it_is) if inner is None else _locate(inner, index, True)
 
 
 def _without_transforms(dataset: Any, stop: type) -> Any:
-    if type(dataset).__module__.startswith("datasets."):
-        return dataset.with_format(None)
+    kinds: Any = getattr(sys.modules.get("datasets"), "Dataset", ())  # whoever did not import it has none of its data sets
+    if isinstance(dataset, kinds):
+        plain: Any = dataset
+        return plain.with_format(None)
     joint, single = getattr(dataset, "transforms", None), getattr(dataset, "transform", None)
     if joint is None and single is None:
         return dataset
     bare = copy.copy(dataset)
     before = _before(single, stop)
-    if hasattr(dataset, "transform"):
-        bare.transform = before
-    if hasattr(dataset, "target_transform"):
-        bare.target_transform = None  # class names belong to the labels as the data set has them
-    if hasattr(dataset, "transforms"):
-        if joint is None or isinstance(joint, StandardTransform):
-            bare.transforms = StandardTransform(before, None) if before is not None else None
-        else:
-            bare.transforms = _before(joint, stop)
+    if single is not None:  # not None: a data set may call it without asking
+        bare.transform = before or _identity
+    if getattr(dataset, "target_transform", None) is not None:
+        bare.target_transform = _identity  # class names belong to the labels as the data set has them
+    if joint is not None:
+        chain = before if isinstance(joint, StandardTransform) else _before(joint, stop)
+        bare.transforms = StandardTransform(chain, None) if isinstance(joint, StandardTransform) else chain or _same
     return bare
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _same(*values: Any) -> Any:
+    return values if len(values) > 1 else values[0]
 
 
 def _before(transform: Any, stop: type) -> Any:
@@ -111,8 +133,13 @@ def _before(transform: Any, stop: type) -> Any:
 def _chain_before(transform: Any, stop: type) -> list[Any] | None:
     if isinstance(transform, stop):
         return []
+    members = getattr(transform, "transforms", None)
+    if members is None:
+        return None
+    if not isinstance(members, list | tuple):  # a preset that holds a Compose, as torchvision's training scripts have it
+        return _chain_before(members, stop)
     chain: list[Any] = []
-    for member in getattr(transform, "transforms", None) or ():
+    for member in members:
         inside = _chain_before(member, stop)
         if inside is not None:
             return chain + inside
@@ -120,14 +147,15 @@ def _chain_before(transform: Any, stop: type) -> list[Any] | None:
     return None
 
 
-def _classes(dataset: Any, item: Any, label: Any) -> Sequence[str] | None:
-    for column, feature in (getattr(dataset, "features", None) or {}).items():  # Hugging Face
-        if hasattr(feature, "names") and isinstance(item, dict) and item[column] == label:
-            names: Sequence[str] = feature.names
-            return names
+def _classes(dataset: Any, item: Any) -> Sequence[Any] | None:
+    """The names of the classes: those of the very column that holds the label, else of the data set."""
+    features = getattr(dataset, "features", None)
+    if isinstance(item, dict) and features:  # Hugging Face
+        names: Sequence[str] | None = getattr(features.get(label_field(item)), "names", None)
+        return names
     for name in ("classes", "categories"):
         found = getattr(dataset, name, None)
-        if isinstance(found, list | tuple) and found and all(isinstance(one, str) for one in found):
+        if isinstance(found, list | tuple) and found and all(isinstance(one, str | tuple | list) for one in found):
             return found
     return None
 

@@ -1,5 +1,6 @@
 """A folder of class folders, as torchvision's ``ImageFolder`` reads it, but with every file accounted for."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,12 @@ from sgid_transforms.files import show
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import is_image_name, read_image
 from sgid_transforms.recipe.prompts import clean_label
+
+VARIANTS_MARKER = "sgid-variants.json"
+"""The file that marks a folder as a store of variants."""
+
+EXPORT_METADATA = "metadata.jsonl"
+"""The file beside exported variants, as Hugging Face's imagefolder reads it."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,14 @@ class Listing:
         classes: class folders with such files, sorted: ``ImageFolder`` numbers them so.
         skipped: what looks as if it should have counted, but does not.
         ignored: how many other files there are, such as ``readme.txt``; hidden ones are not counted.
+        root: the folder.
     """
 
     files: tuple[ImageFile, ...]
     classes: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     ignored: int
+    root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,15 @@ class Scan:
         images: one for each different picture, in the listing's order.
         skipped: what was left out.
         duplicates: files that hold a picture of their class once more; they share its captions and variants.
+        classes: the class folders.
+        root: the folder that they lie in.
     """
 
     images: tuple[KnownImage, ...]
     skipped: tuple[Skipped, ...]
     duplicates: int
     classes: tuple[str, ...] = field(default=())
+    root: Path | None = None
 
 
 def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | None = None) -> Listing:
@@ -104,6 +116,7 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
         entries = sorted(top.iterdir())
     except OSError as error:
         raise FolderError(f"{show(top)} cannot be read ({error.strerror}); check its permissions") from None
+    entries = [entry for entry in entries if not is_ours(entry)]
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     loose = [entry for entry in entries if is_image_name(entry) and not entry.is_dir()]
     if not folders:
@@ -111,6 +124,11 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
         raise FolderError(f"{show(top)} has {what}; put the images of each class into a folder that is named as the class")
     _known(class_names, folders)
     skipped = [Skipped(path, "it lies outside of the class folders; move it into one") for path in loose]
+    for entry in entries:
+        if entry.is_dir() and entry.name.startswith(".") and any(map(is_image_name, _walk(entry, lambda *_: None))):
+            skipped.append(
+                Skipped(entry, "it is a hidden folder, which ImageFolder takes for a class; move it away")
+            )
     files: list[ImageFile] = []
     classes: list[str] = []
     ignored = sum(not entry.is_dir() and not is_image_name(entry) and not entry.name.startswith(".") for entry in entries)
@@ -124,7 +142,7 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
         label = _label(folder, class_names)
         classes.append(folder.name)
         files += [ImageFile(path, folder.name, label) for path in images]
-    return Listing(tuple(files), tuple(classes), tuple(skipped), ignored)
+    return Listing(tuple(files), tuple(classes), tuple(skipped), ignored, top)
 
 
 def scan_files(listing: Listing, progress: Callable[[Iterable[ImageFile]], Iterable[ImageFile]] = iter) -> Scan:
@@ -151,7 +169,22 @@ def scan_files(listing: Listing, progress: Callable[[Iterable[ImageFile]], Itera
         else:  # one picture cannot have variants of two classes: its key is the same
             other = show(first.file.path)
             skipped.append(Skipped(file.path, f"it shows the very picture of {other}, which has another label; remove one"))
-    return Scan(tuple(images.values()), tuple(skipped), duplicates, listing.classes)
+    return Scan(tuple(images.values()), tuple(skipped), duplicates, listing.classes, listing.root)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this package wrote a folder: a store of variants, or an export of them. Originals it holds none.
+
+    Wherever such a folder lies, its images must not be taken for originals: they would get variants themselves.
+    """
+    if os.path.lexists(path / VARIANTS_MARKER):
+        return True
+    try:
+        with open(path / EXPORT_METADATA, "rb") as file:
+            first = json.loads(file.readline(65536))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and {"recipe", "key", "file_name"} <= first.keys()
 
 
 def _walk(folder: Path, skip: Callable[[Path, str], None]) -> Iterator[Path]:
@@ -168,7 +201,7 @@ def _walk(folder: Path, skip: Callable[[Path, str], None]) -> Iterator[Path]:
             names.clear()
             continue
         seen.add(place)
-        names[:] = sorted(name for name in names if not name.startswith("."))
+        names[:] = sorted(name for name in names if not is_ours(Path(parent, name)))  # hidden ones as well, as ImageFolder
         for name in files:
             yield Path(parent, name)
 

@@ -1,5 +1,6 @@
 """The forms in which an image comes and in which its variant must go back: PIL modes, dtypes, channels, devices."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,23 @@ def is_image(value: Any) -> bool:
     if isinstance(value, Image.Image | tv_tensors.Image):
         return True
     return isinstance(value, torch.Tensor) and not isinstance(value, tv_tensors.TVTensor) and value.ndim in (3, 4)
+
+
+def refuse_other_images(values: Sequence[Any]) -> None:
+    """Refuse what looks like an image in a form that is not taken, where a sample holds no other: it would do nothing.
+
+    Raises:
+        TypeError: A NumPy array, as OpenCV and Albumentations have it.
+        ValueError: A grey tensor without its channel.
+    """
+    for value in values:
+        if not isinstance(value, torch.Tensor) and hasattr(value, "__array_interface__") and getattr(value, "ndim", 0) >= 2:
+            shape = tuple(value.shape)
+            raise TypeError(
+                f"a NumPy array of shape {shape} is not taken as an image; put v2.ToImage() or Image.fromarray before it"
+            )
+        if type(value) is torch.Tensor and value.ndim == 2 and min(value.shape) > 1 and value.dtype == torch.uint8:
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} has no channels; pass (1, H, W), as image[None]")
 
 
 def check_form(image: Any) -> None:

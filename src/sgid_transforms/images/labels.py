@@ -1,5 +1,6 @@
-"""Finding the label that belongs to an image in a sample, and its name."""
+"""Finding the label that belongs to an image in a sample, and its name: the one reader of labels, for every part."""
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,11 @@ import torch
 
 from sgid_transforms.recipe.prompts import clean_label
 
-_KEYS = ("label", "labels", "target", "targets", "class", "fine_label", "y")
+FIELDS = ("label", "labels", "target", "targets", "class", "fine_label", "y")
+"""Names under which a label is looked for in a dict, in this order."""
+
+ClassNames = Mapping[Any, Any] | Sequence[Any]
+"""The name of each class number, in order or by number, or words for coded names."""
 
 
 def find_labels(sample: Any, count: int) -> list[Any]:
@@ -21,32 +26,54 @@ def find_labels(sample: Any, count: int) -> list[Any]:
     label = _locate(sample)
     if isinstance(label, torch.Tensor) and label.ndim == 2 and len(label) == count:
         label = label.argmax(1)
-    if isinstance(label, torch.Tensor):
+    if isinstance(label, torch.Tensor) or hasattr(label, "tolist"):
         label = label.tolist()
     if isinstance(label, list | tuple):
         return list(label) if len(label) == count else [None] * count
     return [label] * count
 
 
-def label_name(label: Any, class_names: Sequence[str] | Mapping[str, str] | None) -> str | None:
-    """The name of a label in words: a class number is looked up in a sequence of names, a string is cleaned.
+def label_field(sample: Mapping[Any, Any]) -> Any | None:
+    """The name under which a dict holds its label, or None."""
+    return next((name for name in FIELDS if name in sample and _is_label(sample[name])), None)
 
-    Returns None for a number without a name.
+
+def label_name(label: Any, class_names: ClassNames | None, classes: Sequence[Any] | None = None) -> str | None:
+    """The name of a label in words, or None for a number without a name; negative numbers mean "no label".
+
+    Args:
+        label: A class name, or a class number of any integer type, also in an array of one element.
+        class_names: The user's names: a sequence or a mapping by class number, or words for coded names.
+        classes: The data set's own names, which count where the user gives none for a number. Of a name that is a tuple of
+            synonyms, as torchvision's ImageNet has them, the first counts.
     """
-    mapping = class_names if isinstance(class_names, Mapping) else None
+    words = class_names if isinstance(class_names, Mapping) else None
     if isinstance(label, str):
-        return clean_label(label, mapping)
-    if not isinstance(label, numbers.Integral) or class_names is None:
+        return clean_label(label, words)
+    if hasattr(label, "shape"):  # NumPy's and torch's numbers, and arrays of one
+        label = label.item() if math.prod(label.shape) == 1 else None
+    if isinstance(label, bool) or not isinstance(label, numbers.Integral) or int(label) < 0:
         return None
     number = int(label)
-    if isinstance(class_names, Mapping):
-        return class_names.get(str(number))
-    return clean_label(class_names[number]) if 0 <= number < len(class_names) else None
+    if words is not None:
+        for known in (number, str(number)):
+            if known in words:
+                return clean_label(_first(words[known]))
+    elif class_names is not None:
+        return clean_label(_first(class_names[number])) if number < len(class_names) else None
+    if classes is not None and number < len(classes):
+        return clean_label(_first(classes[number]), words)
+    return None
+
+
+def _first(name: Any) -> str:
+    return str(name[0] if isinstance(name, list | tuple) and name else name)
 
 
 def _locate(sample: Any) -> Any:
     if isinstance(sample, Mapping):
-        return next((sample[key] for key in _KEYS if key in sample and _is_label(sample[key])), None)
+        field = label_field(sample)
+        return None if field is None else sample[field]
     if isinstance(sample, list | tuple) and len(sample) > 1:
         return sample[1] if _is_label(sample[1]) else _locate(sample[1]) if isinstance(sample[1], Mapping) else None
     return None
@@ -58,4 +85,6 @@ def _is_label(value: Any) -> bool:
         return (whole and value.ndim <= 1) or (value.is_floating_point() and value.ndim == 2)
     if isinstance(value, list | tuple):
         return bool(value) and all(_is_label(one) for one in value)
+    if hasattr(value, "dtype") and getattr(value, "ndim", 2) <= 1:  # NumPy's numbers, and arrays of them
+        return value.dtype.kind in "iu"
     return isinstance(value, numbers.Integral | str) and not isinstance(value, bool)

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Final
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sgid_transforms.errors import ImageError
 
@@ -17,22 +17,24 @@ EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".
 FORMATS: Final = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 """What is decoded, whatever a file's ending says; Pillow would otherwise try some forty formats on a stranger's bytes."""
 
-MAX_PIXELS: Final = 89_478_485
-"""Most pixels of an image, Pillow's own limit for what may be a decompression bomb: 256 MiB of RGB."""
+MAX_PIXELS: Final = 2**26
+"""Most pixels of an image, 8192 x 8192: below what Pillow takes for a decompression bomb, and what a store can hold."""
+
+MAX_SIDE: Final = 16383
+"""Longest side of an image in pixels: that of WebP, so that a variant of every image can be stored in every format."""
+
+READ_ERRORS: Final = (
+    OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError, OverflowError, MemoryError, struct.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+"""What reading a stranger's picture can raise, in Pillow or in a data set's own code: it is listed, and the job goes on."""
 
 _ORIENTATION: Final = 0x0112  # the EXIF tag
-_TURNS: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _MODES: Final = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 
-_TOO_LARGE: Final = f"it has more than the {MAX_PIXELS:,} pixels that are safe to decode; scale it down, or leave it out"
+_TOO_LARGE: Final = (
+    f"it has more than {MAX_PIXELS:,} pixels, or a side of more than {MAX_SIDE:,}; scale it down, or leave it out"
+)
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -61,14 +63,13 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
             warnings.simplefilter("ignore")  # broken EXIF and odd metadata; pixels in doubt raise
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                     raise ImageError(_TOO_LARGE)
-                if image.mode not in _MODES:
+                if image.mode not in _MODES or _is_deep(image):
                     raise ImageError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
                 image.load()
-                turn = _TURNS.get(_orientation(image))
-                upright = image if turn is None else image.transpose(turn)
-                return _rgb(upright), turn is not None
+                turned = _orientation(image) in range(2, 9)
+                return _rgb(ImageOps.exif_transpose(image) if turned else image), turned
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(_TOO_LARGE) from None
     except UnidentifiedImageError:
@@ -90,6 +91,17 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours as the direct way, which warns that it drops the transparency
     return image.convert("RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file holds more than 8 bits a channel, which Pillow's mode hides for colours: it cuts them off, or worse."""
+    for tile in getattr(image, "tile", ()):
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if any(";16" in one or ";12" in one for one in arguments if isinstance(one, str)):
+            return True
+        if image.format == "PPM" and any(type(one) is int and one > 255 for one in arguments):  # the largest value
+            return True
+    return False
 
 
 def _orientation(image: Image.Image) -> int:

@@ -21,7 +21,7 @@ from sgid_transforms.captions.prepare import PrepareReport, prepare
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import GenerationError, MissingCaptionError, ServiceError
-from sgid_transforms.images.forms import check_form, is_image, pil_like, tensor_like, to_pil
+from sgid_transforms.images.forms import check_form, is_image, pil_like, refuse_other_images, tensor_like, to_pil
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.labels import find_labels, label_name
 from sgid_transforms.recipe.recipe import Recipe
@@ -181,8 +181,6 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
                 raise ValueError(
                     f"{type(self).__name__}() does not support {type(value).__name__}: it would not fit the generated image"
                 )
-            if is_image(value):
-                check_form(value)
 
     def forward(self, *inputs: Any) -> Any:
         """Replace images of a sample at random.
@@ -205,6 +203,10 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         flat, spec = tree_flatten(sample)
         self.check_inputs(flat)
         where = [index for index, needed in enumerate(self._needs_transform_list(flat)) if needed]
+        if not where:
+            refuse_other_images(flat)
+        for index in where:
+            check_form(flat[index])
         images: list[Any] = []
         spans = []
         for index in where:

@@ -1,10 +1,11 @@
 """A data set that augments whole batches at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from sgid_transforms.images.labels import label_field
 from sgid_transforms.images.samples import take_apart
 from sgid_transforms.transforms.augment import SGIDAugment
 
@@ -20,7 +21,7 @@ class SGIDDataset(Dataset[Any]):
             does comes first, and so must not be random.
         sgid (SGIDAugment): The augmentation.
         transform (callable, optional): Applied to the image afterwards: the random crops and flips, ``RandAugment`` ...
-        target_transform (callable, optional): Applied to the label, the second element of a tuple.
+        target_transform (callable, optional): Applied to the label: the second element of a tuple, or the label of a dict.
 
     Example::
 
@@ -68,6 +69,11 @@ class SGIDDataset(Dataset[Any]):
         return image if self.transform is None else self.transform(image)
 
     def _finish(self, sample: Any) -> Any:
-        if self.target_transform is None:
+        change = self.target_transform
+        if change is None:
             return sample
-        return (sample[0], self.target_transform(sample[1]), *sample[2:])
+        if isinstance(sample, Mapping):
+            field = label_field(sample)
+            return sample if field is None else {**sample, field: change(sample[field])}
+        items = [sample[0], change(sample[1]), *sample[2:]]
+        return getattr(type(sample), "_make", type(sample))(items)  # a named tuple stays one, and a list a list

@@ -8,7 +8,7 @@ import torch
 
 from sgid_transforms.building.builder import Builder, BuilderSpec
 from sgid_transforms.building.wanted import Outcome, Wanted
-from sgid_transforms.errors import GenerationError, ServiceError
+from sgid_transforms.errors import GenerationError, RecipeError, ServiceError
 from sgid_transforms.service.client import ServiceClient
 from sgid_transforms.transforms.state import SharedState
 
@@ -60,10 +60,11 @@ class VariantSupply:
             if client is not None:
                 return client.generate(wanted)
             with self._lock:
-                builder = self._own_builder()
                 try:
-                    return builder(wanted)
-                except Exception as error:
+                    return self._own_builder()(wanted)
+                except (ServiceError, GenerationError, RecipeError):
+                    raise
+                except Exception as error:  # a device that is not there, for instance
                     raise GenerationError(f"{type(error).__name__}: {error}") from error
         finally:
             self._state.add("waits")

@@ -1,0 +1,150 @@
+"""From a wish to a stored variant: statuses, merging, captions on demand, and stores that cannot be written."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from augment_fakes import FakeCaptioner, FakeScorer, captioned, picture
+from sgid_transforms.building.address import Address
+from sgid_transforms.building.builder import Builder, BuilderSpec, auto_models
+from sgid_transforms.building.wanted import Status, Wanted
+from sgid_transforms.captions import CaptionStore
+from sgid_transforms.captions.prepare import Describer
+from sgid_transforms.errors import GenerationError, RecipeError, StoreError
+from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
+from sgid_transforms.images.keys import image_key
+from sgid_transforms.recipe import Filters, Recipe
+from sgid_transforms.variants import VariantStore
+
+RECIPE = Recipe()
+
+
+class Generate:
+    """Inverts images; refuses the variants that it is told to."""
+
+    def __init__(self, refuse: dict[int, GenerationResult] | None = None) -> None:
+        self.refuse = refuse or {}
+        self.batches: list[list[GenerationRequest]] = []
+
+    def __call__(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        self.batches.append(list(requests))
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: GenerationRequest) -> GenerationResult:
+        refused = self.refuse.get(int(request.id.rpartition("-")[2]))
+        return refused or GenerationResult(255 - request.image, None, request.seed, request.strength)
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[CaptionStore, VariantStore]:
+    captions = CaptionStore(tmp_path / "captions.sqlite")
+    captions.put_many(captioned(*map(picture, range(4))))
+    return captions, VariantStore(tmp_path / "variants", fsync=False)
+
+
+def _wanted(number: int, variant: int = 0, label: str | None = None) -> Wanted:
+    return Wanted(image_key(picture(number)), variant, picture(number), label)
+
+
+def _stored(stores: tuple[CaptionStore, VariantStore], number: int, variant: int = 0) -> Any:
+    record = stores[0].get(image_key(picture(number)))
+    assert record is not None
+    return stores[1].get(RECIPE, Address(RECIPE).key(record) or "", variant)
+
+
+def test_what_is_made_is_stored_and_made_once(stores: tuple[CaptionStore, VariantStore]) -> None:
+    generate = Generate()
+    builder = Builder(RECIPE, generate, stores[1], stores[0])
+    outcomes = builder([_wanted(0), _wanted(1), _wanted(0)])
+    assert [(one.status, one.image) for one in outcomes] == [(Status.STORED, None)] * 3
+    assert sum(map(len, generate.batches)) == 2
+    assert torch.equal(_stored(stores, 1).image, 255 - picture(1))
+    assert _stored(stores, 1).provenance.prompt == "a photo of a cat, a caption"
+    assert builder([_wanted(0)])[0].status is Status.STORED
+    assert sum(map(len, generate.batches)) == 2
+
+
+def test_rejections_are_remembered_and_errors_are_not(stores: tuple[CaptionStore, VariantStore]) -> None:
+    refused = {
+        1: GenerationResult(None, "label", rejected=("black", "label")),
+        2: GenerationResult(None, "error: out of luck", failed=True),
+    }
+    generate = Generate(refused)
+    counted: dict[str, int] = {}
+
+    def count(name: str, number: int) -> None:
+        counted[name] = counted.get(name, 0) + number
+
+    builder = Builder(RECIPE, generate, stores[1], stores[0], count=count)
+    outcomes = builder([_wanted(0, variant) for variant in range(3)])
+    assert [(one.status, one.reason) for one in outcomes] == [
+        (Status.STORED, ""),
+        (Status.FILTERED, "label"),
+        (Status.FAILED, "error: out of luck"),
+    ]
+    assert counted == {"generated": 1, "filtered": 1, "failed": 1}
+    generate.refuse = {}
+    again = builder([_wanted(0, variant) for variant in range(3)])
+    assert [one.status for one in again] == [Status.STORED, Status.FILTERED, Status.STORED]
+    assert again[1].reason == "black, label"
+
+
+def test_an_image_without_caption_or_label_fails_alone(stores: tuple[CaptionStore, VariantStore]) -> None:
+    builder = Builder(RECIPE, Generate(), stores[1], stores[0])
+    bad, good = builder([_wanted(7), _wanted(0)])
+    assert bad.status is Status.FAILED
+    assert "has no caption; call sgid.prepare(dataset)" in bad.reason
+    assert good.status is Status.STORED
+
+
+def test_a_caption_on_demand_is_written_once_with_its_captioner(stores: tuple[CaptionStore, VariantStore]) -> None:
+    """It once lost its captioner's name, and was written for each variant anew."""
+    captioner = FakeCaptioner()
+    describer = Describer(RECIPE.prompt, captioner, FakeScorer())
+    builder = Builder(RECIPE, Generate(), stores[1], stores[0], describer=describer)
+    outcomes = builder([_wanted(7, variant, "dog") for variant in range(3)])
+    assert [one.status for one in outcomes] == [Status.STORED] * 3
+    builder([_wanted(7, 3, "dog")])
+    assert captioner.seen == 1
+    record = stores[0].get(image_key(picture(7)))
+    assert (record.captioner, record.label, record.source) == ("fake", "dog", "model")
+    assert record.scorer == "FakeScorer"
+    assert _stored(stores, 7, 2) is not None
+
+
+def test_pixels_come_back_where_the_store_cannot_be_written(
+    stores: tuple[CaptionStore, VariantStore], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: object) -> bool:
+        raise StoreError("no space left")
+
+    monkeypatch.setattr(VariantStore, "put", full)
+    with caplog.at_level(logging.WARNING, logger="sgid_transforms"):
+        outcomes = Builder(RECIPE, Generate(), stores[1], stores[0])([_wanted(0), _wanted(1)])
+    assert [torch.equal(one.image, 255 - picture(n)) for n, one in enumerate(outcomes)] == [True, True]
+    assert len(caplog.records) == 1
+    assert "variants cannot be stored and are made again every time: no space left" in caplog.text
+
+
+def test_a_generator_that_answers_too_little_is_found_out(stores: tuple[CaptionStore, VariantStore]) -> None:
+    with pytest.raises(GenerationError, match="2 requests got 1 answers"):
+        Builder(RECIPE, lambda requests: [GenerationResult(None, "x")], stores[1], stores[0])([_wanted(0), _wanted(1)])
+
+
+def test_a_scorer_object_without_features_is_refused_for_a_label_check(stores: tuple[CaptionStore, VariantStore]) -> None:
+    """It once fell back to the bundled 32-pixel CLIP without a word."""
+    recipe = RECIPE.replace(filters=Filters("argmax"))
+    with pytest.raises(RecipeError, match="the scorer is a FakeScorer without image_features and probabilities"):
+        BuilderSpec(recipe, stores[1], stores[0], scorer=FakeScorer(), labels=["cat", "dog"]).build()
+
+
+def test_the_model_decides_on_captioner_and_scorer_unless_the_user_does() -> None:
+    assert auto_models(Recipe()) == ("tiny", "tiny")
+    captioner, scorer = auto_models(Recipe(model="sd-turbo"))
+    assert captioner.startswith("Salesforce/blip")
+    assert scorer.startswith("openai/clip")
+    assert auto_models(Recipe(model="sd-turbo"), "mine", None) == ("mine", None)
