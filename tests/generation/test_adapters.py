@@ -16,14 +16,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 import tiny_families
 from sgid_transforms.errors import GenerationError, ModelLoadError, RecipeError
 from sgid_transforms.generation.adapters import (
-    CallTraits,
     PipelineAdapter,
     call_traits,
     group_key,
-    limits_of,
-    native_resolution,
     set_sampler,
-    size_multiple,
 )
 from sgid_transforms.generation.requests import Engine, GenerationRequest, RejectedImageError
 from tiny_families import FAMILIES
@@ -181,23 +177,6 @@ def test_group_key_separates_what_one_call_cannot_vary() -> None:
     assert group_key(request(0, guidance_scale=1.0), (8, 8), unguided, 10) == group_key(request(0), (8, 8), unguided, 10)
 
 
-def test_limits_are_said() -> None:
-    everything = CallTraits(True, False, "guidance_scale", False, True, True, False, False, False, False, False)
-    assert limits_of(everything) == (
-        "requests share a call only where their numbers of steps and their guidance scales are equal",
-    )
-    nothing = CallTraits(False, False, None, False, False, False, False, True, False, False, True)
-    assert [sentence.split(":")[0].split(" is ")[0] for sentence in limits_of(nothing)] == [
-        "strength",
-        "one image per call",
-        "guidance scale",
-        "negative prompts are ignored",
-        "the control image",
-    ]
-    assert "strength is ignored" in build("flux-kontext").limits[0]
-    assert any("do not switch guidance off" in sentence for sentence in build("flux").limits)
-
-
 def test_a_failing_request_does_not_take_its_batch_down() -> None:
     adapter = build("z-image")
     own_call = type(adapter._pipeline).__call__
@@ -229,7 +208,10 @@ def test_out_of_memory_halves_the_batch_and_remembers() -> None:
         ({"strength": 0.2}, r"^strength 0.2 with 2 steps runs int\(0.4\) = 0 steps; raise num_inference_steps to at least 5$"),
         ({"strength": 1.5}, r"^strength 1.5 is outside \(0, 1\]; use a strength above 0 and at most 1$"),
         ({"prompt": "word " * 60}, r"^the prompt 'word .*' takes \d+ tokens, the text encoder reads 77; shorten it$"),
-        ({"negative_prompt": "word " * 60}, r"^the prompt 'word .*' takes \d+ tokens, the text encoder reads 77; shorten it$"),
+        (
+            {"negative_prompt": "word " * 60},
+            r"^the negative prompt 'word .*' takes \d+ tokens, the text encoder reads 77; shorten it$",
+        ),
         ({"image": torch.zeros(1, 8, 8, dtype=torch.uint8)}, r"^a request's image has shape \(1, 8, 8\) .*pass a uint8 tensor"),
     ],
 )
@@ -258,7 +240,6 @@ def test_nan_and_flagged_images_are_rejected() -> None:
     nan, flagged, fine = adapter.run([request(1, id="first"), request(2), request(3)])
     assert isinstance(nan, RejectedImageError)
     assert nan.reason == "nan"
-    assert "'first'" in str(nan)
     assert isinstance(flagged, RejectedImageError)
     assert flagged.reason == "nsfw"
     assert torch.is_tensor(fine)
@@ -272,7 +253,6 @@ def test_images_come_back_in_their_own_size() -> None:
 
 def test_negative_prompts_of_flux_have_no_effect() -> None:
     adapter = build("flux")
-    assert any("negative prompts have no effect" in sentence for sentence in adapter.limits)
     assert torch.equal(*images(adapter.run([request(1), request(1, negative_prompt="blurry")])))
 
 
@@ -323,18 +303,6 @@ def test_samplers_are_exchanged_where_the_family_can() -> None:
         PipelineAdapter(pipeline, sampler="heun")
 
 
-def test_native_resolution_and_multiples() -> None:
-    def facts(family: str) -> tuple[int, int]:
-        pipeline = FAMILIES[family]()
-        return native_resolution(pipeline), size_multiple(pipeline)
-
-    assert facts("stable-diffusion-pag") == (32, 4)  # 16 latents of 2 pixels; one UNet level below
-    assert facts("flux") == (128, 2)  # its default of 128 latents, here of one pixel, packed two by two
-    assert facts("if") == (32, 2)  # pixels
-    assert facts("kandinsky22") == (32, 4)
-    assert facts("kandinsky3") == (1024, 4)  # it does not say
-
-
 def test_what_is_not_an_image_to_image_pipeline_is_refused() -> None:
     from diffusers import (
         QwenImageLayeredPipeline,
@@ -360,7 +328,7 @@ def test_instruct_pix2pix_runs_where_it_was_loaded_as_such() -> None:
 
     pipeline = StableDiffusionInstructPix2PixPipeline(**tiny_families._sd_parts(in_channels=8))
     adapter = PipelineAdapter(pipeline, num_inference_steps=2, resolution=32)
-    assert adapter.limits[0].startswith("strength is ignored")
+    assert not adapter.traits.strength
     assert [tuple(image.shape) for image in images(adapter.run([request(1), request(2)]))] == [(3, 32, 32)] * 2
 
 
@@ -368,7 +336,7 @@ def test_bad_settings() -> None:
     pipeline = FAMILIES["flux"]()
     with pytest.raises(RecipeError, match="batch_size 0 leaves no room"):
         PipelineAdapter(pipeline, batch_size=0)
-    with pytest.raises(RecipeError, match="num_inference_steps 0 runs nothing"):
+    with pytest.raises(RecipeError, match="num_inference_steps 0 does not fit the schedule"):
         PipelineAdapter(pipeline, num_inference_steps=0)
     with pytest.raises(RecipeError, match=r"resolution \(33, 32\) cannot be used"):
         PipelineAdapter(pipeline, resolution=(33, 32))

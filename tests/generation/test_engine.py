@@ -12,7 +12,6 @@ import torch
 from sgid_transforms.errors import GenerationError, ModelLoadError, RecipeError
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.requests import Engine, GenerationRequest, RejectedImageError
-from sgid_transforms.generation.support import Formats, memory_formats
 from tiny_models import SIZE, image, lcm, request, sd1, sdxl, tiny
 
 
@@ -90,8 +89,6 @@ def test_a_mixed_batch_costs_what_its_requests_need(shared: Any) -> None:
     assert len(rows) <= 1.1 * needed / 16, "the batches are not full"
     assert len(rows) == engine.stats.unet_calls
     assert engine.stats.fill > 0.9
-    assert engine.stats.images == 64
-    assert engine.stats.vae_encoded == engine.stats.vae_decoded == 64
 
 
 def test_a_scale_of_one_skips_the_unconditional_half(shared: Any) -> None:
@@ -179,7 +176,6 @@ def test_calls_are_padded_to_the_given_sizes(shared: Any) -> None:
     with watch(shared.unet, lambda args, kwargs: rows.add(len(args[0]))):
         padded = images(engine.run(requests))
     assert rows <= {2, 4, 8}
-    assert engine.stats.padded_rows > 0
     assert largest_difference(padded, expected) <= 2
 
 
@@ -211,24 +207,25 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32() -> None:
 def test_latent_cache_saves_the_encoder_and_changes_nothing(shared: Any, tmp_path: Path) -> None:
     requests = [request(i % 3, seed=i) for i in range(6)]
     expected = images(NativeEngine(shared, num_inference_steps=3).run(requests))
-    first = NativeEngine(shared, num_inference_steps=3, latent_cache=tmp_path, batch_size=3)
-    assert largest_difference(images(first.run(requests)), expected) <= 2
-    assert (first.stats.vae_encoded, first.stats.cached_latents) == (3, 3)
-    second = NativeEngine(shared, num_inference_steps=3, latent_cache=tmp_path)
-    assert largest_difference(images(second.run(requests)), expected) <= 2
-    assert (second.stats.vae_encoded, second.stats.cached_latents) == (0, 6)
+    encoded: list[int] = []
+    with watch(shared.vae.encoder, lambda args, kwargs: encoded.append(len(args[0]))):
+        for _ in range(2):
+            engine = NativeEngine(shared, num_inference_steps=3, latent_cache=tmp_path, batch_size=3)
+            assert largest_difference(images(engine.run(requests)), expected) <= 2
+            assert encoded == [3]
 
 
 def test_prompts_are_encoded_once(shared: Any) -> None:
     engine = NativeEngine(shared, num_inference_steps=2)
     requests = [request(i, prompt=f"a photo of a {'cat' if i % 2 else 'dog'}") for i in range(20)]
-    images(engine.run(requests))
-    assert engine.stats.prompts_encoded == 3  # two prompts and the empty negative one
-    images(engine.run(requests))
-    assert engine.stats.prompts_encoded == 3
-    engine.forget_prompts()
-    images(engine.run(requests[:1]))
-    assert engine.stats.prompts_encoded == 5
+    texts: list[int] = []
+    with watch(shared.text_encoder, lambda args, kwargs: texts.append(len(args[0]))):
+        images(engine.run(requests))
+        images(engine.run(requests))
+        assert sum(texts) == 3  # two prompts and the empty negative one
+        engine.forget_prompts()
+        images(engine.run(requests[:1]))
+        assert sum(texts) == 5
 
 
 def test_requests_that_cannot_run_leave_the_others_alone(shared: Any) -> None:
@@ -247,7 +244,6 @@ def test_requests_that_cannot_run_leave_the_others_alone(shared: Any) -> None:
     for result, message in zip(results[1:-2], bad, strict=True):
         assert isinstance(result, GenerationError)
         assert message in str(result)
-    assert engine.stats.failures == 5
 
 
 def test_a_sample_that_breaks_the_unet_fails_alone() -> None:
@@ -285,14 +281,15 @@ def test_nan_in_one_image_is_its_own_failure(value: float) -> None:
     failure = results.pop(2)
     assert isinstance(failure, RejectedImageError)
     assert failure.reason == "nan"
-    assert str(failure) == "the model returned NaN for request '2'"
     del expected[2]
     assert largest_difference(images(results), expected) <= 2
 
 
-def limited(rows: int) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+def limited(rows: int, refused: list[int] | None = None) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
     def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args[0]) > rows:
+            if refused is not None:
+                refused.append(len(args[0]))
             raise torch.OutOfMemoryError(f"CUDA out of memory at {len(args[0])} rows")
 
     return refuse
@@ -303,12 +300,13 @@ def test_memory_that_runs_out_halves_the_batch_for_good(sampler: str) -> None:
     pipeline, requests = sd1(), mixed(20)
     expected = images(NativeEngine(pipeline, sampler=sampler, num_inference_steps=5, batch_size=8).run(requests))
     engine = NativeEngine(pipeline, sampler=sampler, num_inference_steps=5, batch_size=8)
-    with watch(pipeline.unet, limited(6)), watch(pipeline.vae.decoder, limited(3)):
+    refused: list[int] = []
+    with watch(pipeline.unet, limited(6, refused)), watch(pipeline.vae.decoder, limited(3, refused)):
         assert largest_difference(images(engine.run(requests)), expected) <= 2
-        halvings = engine.stats.memory_halvings
-        assert halvings >= 3
+        assert len(refused) >= 3
+        refused.clear()
         images(engine.run(requests))
-    assert engine.stats.memory_halvings == halvings, "the smaller batch was not remembered"
+    assert not refused, "the smaller batch was not remembered"
 
 
 def test_memory_that_does_not_do_for_one_sample(shared: Any) -> None:
@@ -338,11 +336,8 @@ def test_no_requests_are_no_work(shared: Any) -> None:
     assert engine.stats.fill == 0
 
 
-def test_memory_formats_follow_the_device() -> None:
+def test_modules_get_their_memory_formats() -> None:
     last, first = torch.channels_last, torch.contiguous_format
-    assert memory_formats(None, "cpu") == Formats(unet=first, vae=last)
-    assert memory_formats(None, "cuda:1") == memory_formats(True, "cpu") == Formats(last, last)
-    assert memory_formats(False, "cuda") == Formats(first, first)
     pipeline = sd1()
     for choice, unet, vae in ((None, first, last), (True, last, last), (False, first, first)):
         NativeEngine(pipeline, channels_last=choice)

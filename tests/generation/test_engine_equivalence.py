@@ -9,19 +9,13 @@ import torch
 from sgid_transforms.generation import engine as engine_module
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.requests import GenerationRequest
+from sgid_transforms.generation.schedule import SCHEDULERS
 from tiny_models import NATIVE, SD_BETAS, request, sd1, sdxl, unet
 
 # of diffusers' schedulers, under NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 TOLERANCE = 1e-4  # of pixels in [0, 1], float32
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
 
 _pipelines: dict[str, Any] = {}
 

@@ -14,11 +14,8 @@ import tiny_models
 import tiny_text
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.filters import (
-    REASONS,
     ImageFilter,
     Verdict,
-    is_black,
-    is_constant,
     label_reason,
     needs_clip,
     nsfw_flags,
@@ -45,31 +42,19 @@ def flat(*levels: int) -> torch.Tensor:
 
 def test_black_images() -> None:
     """A published black-image test reads the brightest bin of a histogram, and so lets every black image pass."""
-    assert is_black(flat(0, 0, 0))
-    assert is_black(flat(3, 0, 7))
     spot = flat(0, 0, 0)
     spot[:, 3, 3] = 255
-    assert not is_black(spot)
-    assert not is_black(flat(255, 255, 255))
+    pictures = [flat(0, 0, 0), flat(3, 0, 7), spot, tiny_models.image(1)]
+    assert [pixel_reason(picture) for picture in pictures] == ["black", "black", None, None]
 
 
 def test_constant_images() -> None:
-    assert is_constant(flat(120, 30, 200))
-    assert is_constant(flat(255, 255, 255))
     noise = flat(120, 30, 200)
     noise[:, 0, 0] += 7
-    assert is_constant(noise)
+    pictures = [flat(9, 9, 9), flat(120, 30, 200), flat(255, 255, 255), noise]
+    assert [pixel_reason(picture) for picture in pictures] == ["constant"] * 4
     noise[1, 0, 0] += 1
-    assert not is_constant(noise)
-    assert not is_constant(tiny_models.image(0))
-
-
-def test_pixel_reasons() -> None:
-    assert [pixel_reason(image) for image in (flat(0, 0, 0), flat(9, 9, 9), tiny_models.image(1))] == [
-        "black",
-        "constant",
-        None,
-    ]
+    assert pixel_reason(noise) is None
 
 
 def test_label_reasons() -> None:
@@ -90,15 +75,14 @@ def test_similarity_reasons() -> None:
 
 
 def test_retry_seeds_are_new_and_reproducible() -> None:
-    assert retry_seed(7, 0) == 7
-    seeds = {retry_seed(seed, attempt) for seed in range(20) for attempt in range(20)}
+    seeds = {retry_seed(seed, attempt) for seed in range(20) for attempt in range(1, 21)}
     assert len(seeds) == 20 * 20
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert retry_seed(7, 1) == 238606303462010175  # the same on every platform and in every version
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(st.floats(0.001, 1), st.floats(0.001, 1), st.floats(0.001, 1), st.sampled_from(REASONS))
+@given(st.floats(0.001, 1), st.floats(0.001, 1), st.floats(0.001, 1), st.sampled_from(["label", "too_similar"]))
 def test_retry_strength_goes_half_way_and_never_out_of_range(a: float, b: float, c: float, reason: str) -> None:
     low, strength, high = sorted((a, b, c))
     following = retry_strength(strength, reason, low, high)
@@ -112,7 +96,7 @@ def test_retry_strength_goes_half_way_and_never_out_of_range(a: float, b: float,
 
 
 def test_a_fixed_strength_stays() -> None:
-    assert {retry_strength(0.4, reason, 0.4, 0.4) for reason in REASONS} == {0.4}
+    assert {retry_strength(0.4, reason, 0.4, 0.4) for reason in ("nan", "label", "too_similar")} == {0.4}
 
 
 class Checker(torch.nn.Module):

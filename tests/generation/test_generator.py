@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sgid_transforms.generation.adapters import PipelineAdapter
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.filters import retry_seed
 from sgid_transforms.generation.generator import Generator, GeneratorStats, choose_batch_size
-from sgid_transforms.generation.requests import GenerationRequest, RejectedImageError, steps_to_run
+from sgid_transforms.generation.requests import Answers, GenerationRequest, Pull, RejectedImageError, in_batches, steps_to_run
 from sgid_transforms.models.clip import CLIPScorer
 from sgid_transforms.recipe.recipe import Filters, Recipe
 
@@ -38,6 +38,9 @@ class Scripted:
     def run(self, requests: Sequence[GenerationRequest]) -> list[torch.Tensor | Exception]:
         self.calls.append(list(requests))
         return [self.answer(request, len(self.calls) - 1) for request in requests]
+
+    def stream(self, pull: Pull) -> Iterator[Answers]:
+        return in_batches(self.run, self.batch_size, pull)
 
     def evaluations(self, request: GenerationRequest) -> int:
         return 2 * steps_to_run(10, request.strength)
@@ -154,7 +157,6 @@ def test_a_recipe_of_the_native_family(checkpoints: dict[str, str], capfd: pytes
     assert generator.engine.batch_size == 3
     assert generator.max_tokens == 77
     assert generator.tokenizer is not None
-    assert generator.limits == ()
     bad = tiny_models.request(9, prompt="word " * 60)
     results = generator([*requests(4), bad])
     assert [result.ok for result in results] == [True] * 4 + [False]
@@ -166,7 +168,6 @@ def test_a_recipe_of_the_native_family(checkpoints: dict[str, str], capfd: pytes
 def test_a_recipe_of_another_family(checkpoints: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
     generator = Generator.from_recipe(recipe(checkpoints["flux"]), device="cpu")
     assert isinstance(generator.engine, PipelineAdapter)
-    assert any("guidance scale" in limit for limit in generator.limits)
     results = generator(requests(2, guidance_scale=2.0))
     assert all(result.ok for result in results)
     with pytest.raises(RecipeError, match=r"^guidance_interval \(0.2, 0.8\) needs the native path, and FluxImg2Img"):
@@ -235,12 +236,13 @@ def test_compiled_and_padded(checkpoints: dict[str, str], monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "compile_pipeline", lambda pipeline: own(pipeline, backend="eager"))
     plain = Generator.from_recipe(recipe(checkpoints["native"]), batch_size=4)
     compiled = Generator.from_recipe(recipe(checkpoints["native"]), batch_size=4, compile=True)
+    rows: set[int] = set()
+    compiled.engine._pipeline.unet.register_forward_pre_hook(lambda _, args: rows.add(len(args[0])))  # type: ignore[attr-defined]
     for one, other in zip(plain(requests(3)), compiled(requests(3)), strict=True):
         assert one.image is not None
         assert other.image is not None
         assert int((one.image.int() - other.image.int()).abs().max()) <= 1
-    assert isinstance(compiled.engine, NativeEngine)
-    assert compiled.engine.stats.padded_rows > 0
+    assert rows == {8}  # the six of three guided samples, padded
 
 
 def test_a_given_pipeline_is_used_as_it_is() -> None:
@@ -270,6 +272,57 @@ def test_the_safety_checker_of_another_pipeline(reject: bool, reason: str | None
     chosen = recipe("x", revision="mine", filters=Filters(reject_nsfw=reject, max_retries=0))
     results = Generator.from_recipe(chosen, pipeline=pipeline)(requests(2))
     assert [result.reason for result in results] == [reason, reason]
+
+
+NATIVE_AND_ADAPTER = pytest.mark.parametrize("family", [tiny_models.sd1, tiny_families.stable_diffusion_pag])
+
+
+@NATIVE_AND_ADAPTER
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_inference_steps": 1000},
+            r"^num_inference_steps 1000 with the checkpoint's steps_offset 1 starts at timestep 1000, and the schedule ends at "
+            r"999; use at most 999 steps$",
+        ),
+        (
+            {"negative_prompt": "blurry, " * 40},
+            r"^the negative prompt 'blurry, .*' takes \d+ tokens, the text encoder reads 77; shorten it$",
+        ),
+        (
+            {"prompt": "word " * 60 + "{label}"},
+            r"^the prompt 'word .*' takes \d+ tokens, the text encoder reads 77; shorten it$",
+        ),
+    ],
+    ids=["steps", "negative prompt", "template"],
+)
+def test_settings_that_can_never_work(family: Callable[[], Any], changes: dict[str, Any], message: str) -> None:
+    """They once failed at every image, the first as an IndexError."""
+    with pytest.raises(RecipeError, match=message):
+        Generator.from_recipe(recipe("x", revision="mine", **{"sampler": "ddim"} | changes), pipeline=family())
+
+
+def test_a_strength_that_an_lcm_cannot_run() -> None:
+    with pytest.raises(RecipeError, match=r"^strength 0.05 leaves int\(2.5\) = 2 of the 50 steps .* 4 are asked for"):
+        Generator.from_recipe(recipe("x", revision="mine", sampler="lcm", strength=(0.05, 1.0)), pipeline=tiny_models.lcm())
+
+
+@NATIVE_AND_ADAPTER
+def test_a_long_negative_prompt_does_no_harm_without_guidance(family: Callable[[], Any]) -> None:
+    unguided = recipe("x", revision="mine", guidance=1.0, negative_prompt="blurry, " * 40)
+    generator = Generator.from_recipe(unguided, pipeline=family())
+    assert generator(requests(1, guidance_scale=1.0, negative_prompt=unguided.negative_prompt))[0].ok
+
+
+@NATIVE_AND_ADAPTER
+def test_a_tokenizer_without_a_limit_has_that_of_its_encoder(family: Callable[[], Any]) -> None:
+    """transformers gives such a tokenizer 10**30, to which diffusers would pad; that failed at every image."""
+    pipeline = family()
+    pipeline.tokenizer.model_max_length = 10**30
+    generator = Generator.from_recipe(recipe("x", revision="mine"), pipeline=pipeline)
+    assert generator.max_tokens == 77
+    assert generator(requests(1))[0].ok
 
 
 def test_batch_sizes() -> None:

@@ -1,8 +1,7 @@
 """Any diffusers image-to-image pipeline, through its own ``__call__``.
 
 One call of such a pipeline has one strength, one guidance scale and one image size. Requests are therefore grouped by what
-a call cannot vary; prompts, negative prompts, images and random generators are given per sample. What a pipeline cannot do
-at all is said in `PipelineAdapter.limits`.
+a call cannot vary; prompts, negative prompts, images and random generators are given per sample.
 """
 
 from __future__ import annotations
@@ -30,8 +29,18 @@ from sgid_transforms.generation.requests import (
     in_batches,
     steps_to_run,
 )
-from sgid_transforms.generation.schedule import SAMPLERS
-from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
+from sgid_transforms.generation.schedule import SCHEDULERS, check_steps, resolve_sampler
+from sgid_transforms.generation.support import (
+    UNLIMITED,
+    check_resolution,
+    config_of,
+    limit_tokenizers,
+    native_resolution,
+    resize,
+    size_multiple,
+    to_uint8,
+    working_size,
+)
 from sgid_transforms.models.checkpoints import UNSUPPORTED_FAMILIES, check_unet, image_to_image_family
 from sgid_transforms.models.loading import quiet
 
@@ -44,13 +53,6 @@ _FIXED_TOKENS = {"IFImg2ImgPipeline": 77, "Kandinsky3Img2ImgPipeline": 128}
 _UNION_TILE = 6  # ControlNet-Union's number for "tile": the control image is the picture itself
 
 _UNSAID_RESOLUTION = 1024  # what those pipelines were made for that do not say it: Kandinsky 3, Z-Image
-
-_SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
 
 
 @dataclass(frozen=True)
@@ -109,28 +111,6 @@ def call_traits(pipeline: Any) -> CallTraits:
     )
 
 
-def limits_of(traits: CallTraits) -> tuple[str, ...]:
-    """What a pipeline with these traits cannot do, one sentence each."""
-    said = []
-    if not traits.strength:
-        said.append("strength is ignored: the pipeline edits by instruction and always runs all steps")
-    if traits.one_image_per_call:
-        said.append("one image per call: batches bring no speed")
-    elif traits.strength:
-        said.append("requests share a call only where their numbers of steps and their guidance scales are equal")
-    if traits.guidance is None:
-        said.append("guidance scale is ignored: the pipeline has none")
-    elif traits.distilled_guidance:
-        said.append("guidance scale is an input of the network: values at or below 1 do not switch guidance off")
-    if traits.negative_prompt and traits.distilled_guidance:
-        said.append("negative prompts have no effect: the pipeline reads them only with a second scale, which is not set")
-    if not traits.negative_prompt:
-        said.append("negative prompts are ignored: the pipeline takes none")
-    if traits.control_image:
-        said.append("the control image is the picture itself")
-    return tuple(said)
-
-
 def group_key(request: GenerationRequest, size: tuple[int, int], traits: CallTraits, num_inference_steps: int) -> Hashable:
     """Requests with equal keys can share one call of a pipeline.
 
@@ -181,9 +161,9 @@ class PipelineAdapter:
         _check_pipeline(pipeline)
         if batch_size < 1:
             raise RecipeError(f"batch_size {batch_size} leaves no room for an image; use at least 1")
-        if num_inference_steps < 1:
-            raise RecipeError(f"num_inference_steps {num_inference_steps} runs nothing; use at least 1")
         set_sampler(pipeline, sampler)
+        check_steps(pipeline.scheduler, num_inference_steps)
+        limit_tokenizers(pipeline)
         if device is not None:
             pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
@@ -192,17 +172,13 @@ class PipelineAdapter:
         self._pipeline = pipeline
         self._steps = num_inference_steps
         self._multiple = size_multiple(pipeline)
-        self._resolution = native_resolution(pipeline) if resolution is None else resolution
+        own = native_resolution(pipeline) or _UNSAID_RESOLUTION
+        self._resolution = own if resolution is None else resolution
         check_resolution(self._resolution, self._multiple)
         if self.traits.control_mode:
             _check_tile_mode(pipeline)
         self._limit = BatchLimit(self.batch_size)
         self._tokenizer, self._max_tokens = _text_limit(pipeline)
-
-    @property
-    def limits(self) -> tuple[str, ...]:
-        """What this pipeline cannot do, one sentence each."""
-        return limits_of(self.traits)
 
     @property
     def tokenizer(self) -> Any:
@@ -257,8 +233,9 @@ class PipelineAdapter:
         check_image(request.image)
         self._steps_of(request)
         if self._tokenizer is not None and self._max_tokens is not None:
-            for text in (request.prompt, request.negative_prompt):
-                check_text(text, self._tokenizer, self._max_tokens)
+            check_text(request.prompt, self._tokenizer, self._max_tokens)
+            if self.traits.negative_prompt and request.guidance_scale > 1:
+                check_text(request.negative_prompt, self._tokenizer, self._max_tokens, "negative prompt")
         height, width = request.image.shape[-2:]
         return working_size(height, width, self._resolution, self._multiple)
 
@@ -315,11 +292,9 @@ def set_sampler(pipeline: Any, sampler: str) -> None:
     """
     if sampler == "auto":
         return
-    if sampler not in SAMPLERS:
-        raise RecipeError(f"sampler {sampler!r} is not known; use 'auto' or one of {', '.join(map(repr, SAMPLERS))}")
     import diffusers
 
-    own, wanted = type(pipeline.scheduler).__name__, _SCHEDULERS[sampler]
+    own, wanted = type(pipeline.scheduler).__name__, SCHEDULERS[resolve_sampler(sampler, pipeline.scheduler)]
     if own == wanted or (sampler == "euler" and own == "FlowMatchEulerDiscreteScheduler"):
         return
     expected = inspect.signature(type(pipeline).__init__).parameters["scheduler"].annotation
@@ -328,43 +303,8 @@ def set_sampler(pipeline: Any, sampler: str) -> None:
     pipeline.scheduler = getattr(diffusers, wanted).from_config(pipeline.scheduler.config)
 
 
-def native_resolution(pipeline: Any) -> int:
-    """The height and width that a pipeline works at by default, from its configuration; 1024 where it does not say."""
-    factor = _vae_factor(pipeline)
-    unet, transformer = _config(pipeline, "unet"), _config(pipeline, "transformer")
-    for size in (getattr(pipeline, "default_sample_size", None), unet.get("sample_size"), transformer.get("sample_size")):
-        if isinstance(size, int) and size > 0:
-            return size * factor
-    return _UNSAID_RESOLUTION
-
-
-def size_multiple(pipeline: Any) -> int:
-    """The number of which a pipeline's heights and widths must be multiples."""
-    factor = _vae_factor(pipeline)
-    unet, transformer = _config(pipeline, "unet"), _config(pipeline, "transformer")
-    if unet:
-        levels = len(unet.get("block_out_channels", (0,)))
-        movq = getattr(pipeline, "movq", None) is not None
-        return int(max(factor * 2 ** (levels - 1), factor**2 if movq else 1))  # Kandinsky rounds to the square of its factor
-    patch = transformer.get("patch_size", 2)
-    return int(factor * max(patch if isinstance(patch, int) else 2, 2))  # latents are packed two by two, if not more
-
-
-def _vae_factor(pipeline: Any) -> int:
-    movq = getattr(pipeline, "movq", None)
-    if movq is not None:
-        return int(2 ** (len(movq.config.block_out_channels) - 1))
-    return int(getattr(pipeline, "vae_scale_factor", 1))
-
-
-def _config(pipeline: Any, name: str) -> Mapping[str, Any]:
-    model = getattr(pipeline, name, None)
-    config: Mapping[str, Any] = {} if model is None else model.config
-    return config
-
-
 def _embeds_guidance(pipeline: Any) -> bool:
-    transformer = _config(pipeline, "transformer")
+    transformer = config_of(pipeline, "transformer")
     # FLUX and FLUX.2 pipelines have no unconditional branch, whether their weights read the guidance (dev) or not (schnell)
     return "guidance_embeds" in transformer and "negative_prompt_embeds" not in _parameters(pipeline)
 
@@ -384,7 +324,7 @@ def _check_pipeline(pipeline: Any) -> None:
             f"{name} does not turn an image and a prompt into an image; load it with AutoPipelineForImage2Image"
         )
     if family is not None:  # other pipelines, such as InstructPix2Pix, know how to feed their UNet
-        check_unet(_config(pipeline, "unet"), name)
+        check_unet(config_of(pipeline, "unet"), name)
 
 
 def _check_tile_mode(pipeline: Any) -> None:
@@ -412,7 +352,7 @@ def _text_limit(pipeline: Any) -> tuple[Any, int | None]:
     if tokenizer is None:
         return None, None
     length = _FIXED_TOKENS.get(type(pipeline).__name__, tokenizer.model_max_length)
-    return tokenizer, int(length) if length < 10**6 else None  # transformers' way to say "no limit" is 10^30
+    return tokenizer, int(length) if length < UNLIMITED else None
 
 
 def _to_pil(image: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -425,11 +365,10 @@ def _to_pil(image: Tensor, size: tuple[int, int]) -> Image.Image:
 
 def _finish(request: GenerationRequest, image: np.ndarray[Any, Any], flagged: bool) -> Tensor | Exception:
     """A pipeline's float ``(H, W, 3)`` output as uint8 at the request's own size."""
-    name = repr(request.id) if request.id else "a request"
     if flagged:
-        return RejectedImageError("nsfw", f"the pipeline's safety checker flagged the image for {name}")
+        return RejectedImageError("nsfw", "the pipeline's safety checker flagged the image")
     pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)[None]
     if not bool(pixels.isfinite().all()):
-        return RejectedImageError("nan", f"the model returned NaN for {name}")
+        return RejectedImageError.not_finite(request)
     height, width = request.image.shape[-2:]
     return to_uint8(resize(pixels.clamp(0, 1), (height, width)))[0].contiguous()

@@ -16,21 +16,14 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 
 class BatchLimit:
-    """How much one batch may hold; halved when memory runs out, and remembered.
-
-    Attributes:
-        value: the limit in force.
-        halvings: how often it was halved.
-    """
+    """How much one batch may hold, ``value``; halved when memory runs out, and remembered."""
 
     def __init__(self, value: int) -> None:
         self.value = value
-        self.halvings = 0
 
     def halve(self, failed: int) -> None:
         """Lower the limit to half of the size that failed."""
         self.value = max(failed // 2, 1)
-        self.halvings += 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""One denoising step for unlike samples: the UNet's rows, guidance, and the sampler."""
+"""One denoising step for heterogeneous samples: the UNet's rows, guidance, and the sampler."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from sgid_transforms.generation import samplers
 from sgid_transforms.generation.batching import BatchLimit
-from sgid_transforms.generation.conditioning import PromptEmbedding, guidance_embedding, time_ids
+from sgid_transforms.generation.encoding import PromptEmbedding
 from sgid_transforms.generation.requests import GenerationRequest
 from sgid_transforms.generation.schedule import Schedule, Step, Trajectory
+
+# Aesthetic scores that diffusers' SDXL pipelines give a refiner for the prompt and for the negative prompt.
+_AESTHETIC_SCORES = (6.0, 2.5)
 
 
 @dataclass(eq=False)
@@ -56,8 +59,7 @@ class Denoiser:
         device: where the pipeline ran when it was last located.
         dtype: of the UNet at that time.
         calls: calls of the UNet so far.
-        rows: rows that these evaluated for samples.
-        padded_rows: rows that were added to reach a row size.
+        rows: rows that these evaluated for samples, without padding.
         capacity: rows that the calls had room for.
     """
 
@@ -71,7 +73,7 @@ class Denoiser:
         self._embeds_guidance = pipeline.unet.config.time_cond_proj_dim is not None
         self.limit = limit
         self.locate()
-        self.calls = self.rows = self.padded_rows = self.capacity = 0
+        self.calls = self.rows = self.capacity = 0
 
     def locate(self) -> None:
         """Look up ``device`` and ``dtype``: diffusers walks over all modules for each, which is too slow for every step."""
@@ -116,11 +118,11 @@ class Denoiser:
         unet = self._pipeline.unet
         kwargs: dict[str, Any] = {}
         if self._embeds_guidance:
-            scales = torch.tensor([s.request.guidance_scale for s in active], device=x.device)
-            kwargs["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim).to(self.dtype)[order]
+            scales = torch.tensor([s.request.guidance_scale for s in active])
+            embedding = self._pipeline.get_guidance_scale_embedding(scales - 1, unet.config.time_cond_proj_dim)
+            kwargs["timestep_cond"] = embedding.to(x.device, self.dtype)[order]
         if unet.config.addition_embed_type == "text_time":
-            aesthetic = bool(self._pipeline.config.get("requires_aesthetics_score", False))
-            ids = [time_ids(active[0].size, aesthetic=aesthetic, negative=n) for n in negative]
+            ids = [self._time_ids(active[0].size, n) for n in negative]
             kwargs["added_cond_kwargs"] = {
                 "text_embeds": torch.stack([e.pooled for e in embeddings if e is not None and e.pooled is not None]),
                 "time_ids": torch.tensor(ids, device=x.device, dtype=self.dtype),
@@ -134,7 +136,6 @@ class Denoiser:
         )[0].float()
         self.calls += 1
         self.rows += rows
-        self.padded_rows += capacity - rows
         self.capacity += max(self.limit.value, rows)
         if not guided:
             return output[: len(active)]
@@ -142,6 +143,12 @@ class Denoiser:
         index = order[len(active) : rows]
         scale = torch.tensor([active[i].request.guidance_scale for i in guided], device=x.device).view(-1, 1, 1, 1)
         return conditional.index_copy(0, index, samplers.guide(conditional[index], unconditional, scale))
+
+    def _time_ids(self, size: tuple[int, int], negative: bool) -> tuple[float, ...]:
+        """SDXL's size conditions for an uncropped image of a height and width, as diffusers' pipelines set them."""
+        if self._pipeline.config.get("requires_aesthetics_score", False):
+            return (*size, 0, 0, _AESTHETIC_SCORES[negative])
+        return (*size, 0, 0, *size)
 
     def _step_noise(self, active: list[Sample]) -> Tensor:
         """Fresh noise for each sample that has further steps, from its own generator; drawn once, also when a call repeats."""

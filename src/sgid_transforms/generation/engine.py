@@ -8,7 +8,7 @@ half), and leaves when it is done, so that a waiting one takes its place (contin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -18,47 +18,40 @@ from torch import Tensor
 from sgid_transforms.errors import ModelLoadError, RecipeError
 from sgid_transforms.generation import samplers
 from sgid_transforms.generation.batching import BatchLimit, longest_first, run_isolated
-from sgid_transforms.generation.conditioning import PromptEncoder
 from sgid_transforms.generation.denoising import Denoiser, Sample
-from sgid_transforms.generation.latents import LatentCache, LatentCodec
-from sgid_transforms.generation.requests import Answers, GenerationRequest, Pull, RejectedImageError, check_image, pull_from
+from sgid_transforms.generation.encoding import LatentCache, LatentCodec, PromptEncoder
+from sgid_transforms.generation.requests import Answers, GenerationRequest, Pull, RejectedImageError, answer_all, check_image
 from sgid_transforms.generation.schedule import Schedule, Step, Trajectory, resolve_sampler
-from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
-from sgid_transforms.generation.support import memory_formats, native_resolution, obstacle, place
+from sgid_transforms.generation.support import (
+    check_resolution,
+    limit_tokenizers,
+    memory_formats,
+    native_resolution,
+    obstacle,
+    place,
+    resize,
+    size_multiple,
+    to_uint8,
+    working_size,
+)
 
 _KEPT_PROMPTS = 256
 _IN_FLIGHT = 4  # batches of samples that are held at once: enough to keep batches full, small beside the model
 
 
-@dataclass
+@dataclass(frozen=True)
 class EngineStats:
-    """Work done by an engine since it was made.
+    """What the UNet did since an engine was made.
 
     Args:
-        images: images that were returned.
-        failures: requests that were answered by an exception.
-        unet_rows: rows that the UNet evaluated for requests, the work that they need.
-        padded_rows: rows that were added to reach a fixed batch size.
-        unet_calls: calls of the UNet.
-        row_capacity: rows that these calls had room for.
-        vae_encoded: images that went through the encoder.
-        vae_decoded: images that went through the decoder.
-        cached_latents: images whose encoding came from the latent cache.
-        prompts_encoded: texts that went through the text encoder.
-        memory_halvings: how often a batch was halved because memory ran out.
+        unet_calls: its calls.
+        unet_rows: rows that it evaluated for requests, the work that they need.
+        row_capacity: rows that its calls had room for.
     """
 
-    images: int = 0
-    failures: int = 0
-    unet_rows: int = 0
-    padded_rows: int = 0
     unet_calls: int = 0
+    unet_rows: int = 0
     row_capacity: int = 0
-    vae_encoded: int = 0
-    vae_decoded: int = 0
-    cached_latents: int = 0
-    prompts_encoded: int = 0
-    memory_halvings: int = 0
 
     @property
     def fill(self) -> float:
@@ -142,18 +135,19 @@ class NativeEngine:
             exact_strength=exact_strength,
         )
         self._interval = (float(low), float(high))
-        config = pipeline.unet.config
-        self._embeds_guidance = config.time_cond_proj_dim is not None
-        self._multiple = int(pipeline.vae_scale_factor) * 2 ** (len(config.block_out_channels) - 1)
-        self._resolution = resolution if resolution is not None else native_resolution(config, pipeline.vae_scale_factor)
+        self._embeds_guidance = pipeline.unet.config.time_cond_proj_dim is not None
+        resolution = native_resolution(pipeline) if resolution is None else resolution
+        if resolution is None:
+            raise RecipeError("the model's config names no sample_size, so its own resolution is unknown; set resolution")
+        self._resolution, self._multiple = resolution, size_multiple(pipeline)
         check_resolution(self._resolution, self._multiple)
+        limit_tokenizers(pipeline)
         self._prompts = PromptEncoder(pipeline, _KEPT_PROMPTS)
         self._codec = LatentCodec(pipeline.vae, formats.vae)
         self._cache = LatentCache(latent_cache, pipeline.vae) if latent_cache is not None else None
         self._unet_limit = BatchLimit(2 * batch_size)
         self._encode_limit, self._decode_limit, self._text_limit = (BatchLimit(batch_size) for _ in range(3))
         self._denoiser = Denoiser(pipeline, self._schedule, self._unet_limit, formats.unet, row_sizes or ())
-        self._stats = EngineStats()
 
     @staticmethod
     def supports(pipeline: Any) -> str | None:
@@ -178,15 +172,7 @@ class NativeEngine:
     @property
     def stats(self) -> EngineStats:
         """Work done so far."""
-        limits = (self._unet_limit, self._encode_limit, self._decode_limit, self._text_limit)
-        steps = self._denoiser
-        self._stats.unet_calls, self._stats.row_capacity = steps.calls, steps.capacity
-        self._stats.unet_rows, self._stats.padded_rows = steps.rows, steps.padded_rows
-        self._stats.vae_encoded, self._stats.vae_decoded = self._codec.encoded, self._codec.decoded
-        self._stats.cached_latents = self._cache.hits if self._cache else 0
-        self._stats.prompts_encoded = self._prompts.encoded
-        self._stats.memory_halvings = sum(limit.halvings for limit in limits)
-        return replace(self._stats)
+        return EngineStats(self._denoiser.calls, self._denoiser.rows, self._denoiser.capacity)
 
     def forget_prompts(self) -> None:
         """Drop the encoded texts: needed after the text encoder's weights change (a LoRA, for example)."""
@@ -203,9 +189,7 @@ class NativeEngine:
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[Tensor | Exception]:
         """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it met."""
-        unique = list(dict.fromkeys(requests))
-        answers = {request: answer for group in self.stream(pull_from(unique)) for request, answer in group}
-        return [answers[request] for request in requests]
+        return answer_all(self.stream, requests)
 
     def stream(self, pull: Pull) -> Iterator[Answers]:
         """Pull requests whenever there is room for them, and yield each decoded batch; see `Engine.stream`."""
@@ -215,7 +199,10 @@ class NativeEngine:
             held = sum(len(shelf.pool) + len(shelf.finished) for shelf in shelves.values())
             answers: Answers = []
             if held <= (_IN_FLIGHT - 1) * self.batch_size:
-                answers += self._take(pull(_IN_FLIGHT * self.batch_size - held), shelves)
+                room = _IN_FLIGHT * self.batch_size - held
+                while room > 0 and (requests := pull(room)):
+                    answers += self._take(requests, shelves)
+                    room -= len(requests)
             working = [shelf for shelf in shelves.values() if shelf.pool]
             if working:
                 # The fullest batch first; a size that few requests have waits a while for more of them, and then goes ahead.
@@ -231,9 +218,6 @@ class NativeEngine:
                     images = self._with_grad_off(run_isolated, self._decode, group, self._decode_limit)
                     answers += [(sample.request, image) for sample, image in zip(group, images, strict=True)]
             if answers:
-                failures = sum(isinstance(answer, Exception) for _, answer in answers)
-                self._stats.failures += failures
-                self._stats.images += len(answers) - failures
                 yield answers
             elif not working:
                 return
@@ -363,12 +347,6 @@ class NativeEngine:
             ready = [to_uint8(resize(image[None], size))[0].cpu() for image, size in zip(images, own, strict=True)]
         # copied, since an entry is a view, and would keep (and pickle) its whole batch
         return [
-            image.clone(memory_format=torch.contiguous_format)
-            if good
-            else RejectedImageError("nan", f"the model returned NaN for request {_name(s)}")
+            image.clone(memory_format=torch.contiguous_format) if good else RejectedImageError.not_finite(s.request)
             for s, image, good in zip(group, ready, finite, strict=True)
         ]
-
-
-def _name(sample: Sample) -> str:
-    return repr(sample.request.id) if sample.request.id else "without a name"

@@ -12,19 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.requests import GenerationRequest
 from sgid_transforms.models.clip import CLIPScorer
 from sgid_transforms.recipe.recipe import Filters
 
-REASONS = ("nan", "black", "constant", "nsfw", "label", "too_similar", "too_different")
-"""Short names of all reasons for which an image can be rejected."""
-
-_BLACK_LEVEL = 8  # of 255: codecs and decoders leave a little noise on a black picture
-_CONSTANT_RANGE = 8  # of 255, between the darkest and the brightest pixel of a channel
+_NOISE = 8  # of 255: codecs and decoders leave a little noise on a flat picture
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Verdict:
     """What the filters say about one image.
 
     Args:
-        reason: one of `REASONS`, or ``None`` for an image that passes.
+        reason: one of the short reasons of `GenerationResult`, or ``None`` for an image that passes.
         label_score: CLIP's probability of the label, in [0, 1], where the label was checked.
         image_similarity: CLIP cosine of (image, original), in [-1, 1], where it was checked.
     """
@@ -42,25 +38,15 @@ class Verdict:
     image_similarity: float | None = None
 
 
-def is_black(image: Tensor) -> bool:
-    """Whether no pixel of a uint8 ``(3, H, W)`` image is brighter than a codec's noise: what a safety checker leaves."""
-    return int(image.max()) < _BLACK_LEVEL
-
-
-def is_constant(image: Tensor) -> bool:
-    """Whether a uint8 ``(3, H, W)`` image is one flat colour: what a diverged sampler leaves.
-
-    Flat colours differ by less than a codec's noise within every channel.
-    """
-    spread = image.amax((1, 2)).int() - image.amin((1, 2)).int()
-    return int(spread.max()) < _CONSTANT_RANGE
-
-
 def pixel_reason(image: Tensor) -> str | None:
-    """``black`` or ``constant`` for an image that shows nothing."""
-    if is_black(image):
+    """``black`` or ``constant`` for a uint8 ``(3, H, W)`` image that shows nothing.
+
+    A safety checker leaves black images. A diverged sampler leaves constant ones, with noise at most in every channel.
+    """
+    if int(image.max()) < _NOISE:
         return "black"
-    return "constant" if is_constant(image) else None
+    spread = image.amax((1, 2)).int() - image.amin((1, 2)).int()
+    return "constant" if int(spread.max()) < _NOISE else None
 
 
 def label_reason(probabilities: Tensor, label: int, check: str, threshold: float) -> str | None:
@@ -87,12 +73,10 @@ def similarity_reason(similarity: float, low: float | None, high: float | None) 
 
 
 def retry_seed(seed: int, attempt: int) -> int:
-    """Seed of a further attempt, in [0, 2**63); attempt 0 keeps its seed.
+    """Seed of a further attempt, in [0, 2**63).
 
     It depends on nothing but the two numbers, so that a variant is the same whatever else is in its batch.
     """
-    if attempt == 0:
-        return seed
     return int.from_bytes(hashlib.sha256(f"retry\0{seed:d}\0{attempt:d}".encode()).digest()[:8], "big") >> 1
 
 
@@ -115,10 +99,10 @@ def nsfw_flags(pipeline: Any, images: Sequence[Tensor]) -> list[bool]:
     extractor = getattr(pipeline, "feature_extractor", None)
     if checker is None or extractor is None or not images:
         return [False] * len(images)
-    pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
     parameter = next(checker.parameters())
     flags: list[bool] = []
-    for picture in pictures:  # one by one: sizes may differ
+    for image in images:  # one by one: sizes may differ
+        picture = to_pil_image(image)
         pixels = extractor([picture], return_tensors="pt").pixel_values.to(parameter.device, parameter.dtype)
         with torch.no_grad():
             _, flagged = checker(images=np.asarray(picture, dtype=np.float32)[None] / 255, clip_input=pixels)

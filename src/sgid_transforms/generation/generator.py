@@ -5,29 +5,33 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.adapters import PipelineAdapter
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.filters import ImageFilter, Verdict, needs_clip, retry_seed, retry_strength
 from sgid_transforms.generation.requests import (
+    Answers,
     Engine,
     GenerationRequest,
     GenerationResult,
     Pull,
     RejectedImageError,
-    in_batches,
-    pull_from,
+    answer_all,
+    check_text,
 )
 from sgid_transforms.models.clip import CLIPScorer
 from sgid_transforms.models.loading import compile_pipeline, default_dtype, load_pipeline, padded_sizes
+from sgid_transforms.recipe.guidance import SimilarityGuidance
+from sgid_transforms.recipe.prompts import build_prompt
 from sgid_transforms.recipe.recipe import Filters, Recipe
+
+_InWork = dict[GenerationRequest, tuple[GenerationRequest, GenerationResult]]
+"""What the engine is working on -> what was asked for, and its result so far."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ class Generator:
                 device=place,
             )
         strength = recipe.strength if isinstance(recipe.strength, tuple) else (recipe.strength, recipe.strength)
+        _check_requests(recipe, engine, strength[0])
         return cls(
             engine,
             filters=recipe.filters,
@@ -199,20 +204,13 @@ class Generator:
         """Longest prompt in tokens, start and end included, or ``None``."""
         return self.engine.max_tokens
 
-    @property
-    def limits(self) -> tuple[str, ...]:
-        """What the model cannot do, one sentence each; empty on the native path."""
-        return tuple(getattr(self.engine, "limits", ()))
-
     def stats(self) -> GeneratorStats:
         """What was done so far."""
         return GeneratorStats(rejected=dict(self._rejected), **self._counts)
 
     def __call__(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """One result per request, in order. A request that fails has a reason in its result and takes no other with it."""
-        unique = list(dict.fromkeys(requests))
-        results = {request: result for group in self.stream(pull_from(unique)) for request, result in group}
-        return [results[request] for request in requests]
+        return answer_all(self.stream, requests)
 
     def stream(self, pull: Pull) -> Iterator[list[tuple[GenerationRequest, GenerationResult]]]:
         """Pull requests whenever the engine has room for them, and yield each group that is done, in no particular order.
@@ -222,7 +220,7 @@ class Generator:
                 left in work, the stream ends.
         """
         again: deque[GenerationRequest] = deque()
-        origins: dict[GenerationRequest, tuple[GenerationRequest, GenerationResult]] = {}  # what is in work -> asked, so far
+        in_work: _InWork = {}
         done: list[tuple[GenerationRequest, GenerationResult]] = []
 
         def source(room: int) -> list[GenerationRequest]:
@@ -230,19 +228,19 @@ class Generator:
             while len(taken) < room and (fresh := pull(room - len(taken))):
                 for request in fresh:
                     self._counts["requests"] += 1
-                    origins[request] = request, GenerationResult(None, seed=request.seed, strength=request.strength)
+                    result = GenerationResult(None, seed=request.seed, strength=request.strength)
                     try:
                         self._filter.check_request(request)
                     except Exception as error:
-                        done.append(self._failed(*origins.pop(request), error))
+                        done.append((request, self._failed(result, error)))
                     else:
+                        in_work[request] = request, result
                         taken.append(request)
             return taken
 
-        stream = getattr(self.engine, "stream", None) or partial(in_batches, self.engine.run, 4 * self.engine.batch_size)
         while True:
-            for answers in stream(source):
-                done += self._judge([(*origins.pop(request), request, answer) for request, answer in answers], origins, again)
+            for answers in self.engine.stream(source):
+                done += self._judge(answers, in_work, again)
                 if done:
                     yield done
                     done = []
@@ -254,33 +252,32 @@ class Generator:
 
     def _judge(
         self,
-        answered: Sequence[tuple[GenerationRequest, GenerationResult, GenerationRequest, Tensor | Exception]],
-        origins: dict[GenerationRequest, tuple[GenerationRequest, GenerationResult]],
+        answers: Answers,
+        in_work: _InWork,
         again: deque[GenerationRequest],
     ) -> list[tuple[GenerationRequest, GenerationResult]]:
-        """Sort answers into results and requests to be tried again, which go to ``again`` and ``origins``."""
+        """Sort answers into results and requests to be tried again, which go to ``again`` and ``in_work``."""
+        images = {request: answer for request, answer in answers if not isinstance(answer, Exception)}
+        verdicts = dict(zip(images, self._filter(list(images.values()), list(images)), strict=True))
         done: list[tuple[GenerationRequest, GenerationResult]] = []
-        made: list[tuple[GenerationRequest, GenerationResult, GenerationRequest, Tensor]] = []
-        judged: list[tuple[GenerationRequest, GenerationResult, GenerationRequest, Tensor | None, Verdict]] = []
-        for asked, so_far, current, answer in answered:
+        for current, answer in answers:
+            asked, result = in_work.pop(current)
             if isinstance(answer, Exception) and not isinstance(answer, RejectedImageError):
-                done.append(self._failed(asked, so_far, answer))
+                done.append((asked, self._failed(result, answer)))
                 continue
+            verdict = Verdict(answer.reason) if isinstance(answer, RejectedImageError) else verdicts[current]
             rows = self.engine.evaluations(current)
             self._counts["attempts"] += 1
             self._counts["evaluations"] += rows
-            so_far = replace(so_far, unet_evaluations=so_far.unet_evaluations + rows)
-            if isinstance(answer, RejectedImageError):
-                judged.append((asked, so_far, current, None, Verdict(answer.reason)))
-            else:
-                made.append((asked, so_far, current, answer))
-        verdicts = self._filter([image for *_, image in made], [current for _, _, current, _ in made])
-        judged += [(*one, verdict) for one, verdict in zip(made, verdicts, strict=True)]
-        for asked, so_far, current, image, verdict in judged:
-            result = replace(so_far, label_score=verdict.label_score, image_similarity=verdict.image_similarity)
+            result = replace(
+                result,
+                label_score=verdict.label_score,
+                image_similarity=verdict.image_similarity,
+                unet_evaluations=result.unet_evaluations + rows,
+            )
             if verdict.reason is None:
                 self._counts["images"] += 1
-                done.append((asked, replace(result, image=image)))
+                done.append((asked, replace(result, image=images[current])))
                 continue
             self._rejected[verdict.reason] += 1
             result = replace(result, rejected=(*result.rejected, verdict.reason))
@@ -288,11 +285,9 @@ class Generator:
                 self._counts["filtered"] += 1
                 done.append((asked, replace(result, reason=verdict.reason)))
                 continue
-            following = self._retry(asked, current, result.attempt + 1, verdict.reason)
-            origins[following] = (
-                asked,
-                replace(result, attempt=result.attempt + 1, seed=following.seed, strength=following.strength),
-            )
+            attempt = result.attempt + 1
+            following = self._retry(asked, current, attempt, verdict.reason)
+            in_work[following] = asked, replace(result, attempt=attempt, seed=following.seed, strength=following.strength)
             again.append(following)
         return done
 
@@ -301,21 +296,16 @@ class Generator:
         low, high = self._range or (asked.strength / 2, 1.0)
         seed, strength = retry_seed(asked.seed, attempt), retry_strength(current.strength, reason, low, high)
         following = replace(current, seed=seed, strength=strength)
-        return following if self._can_run(following) else replace(current, seed=seed)
-
-    def _can_run(self, request: GenerationRequest) -> bool:
-        """Whether a lowered strength still leaves a step."""
         try:
-            return self.engine.evaluations(request) > 0
+            self.engine.evaluations(following)
         except GenerationError:
-            return False
+            return replace(current, seed=seed)
+        return following
 
-    def _failed(
-        self, asked: GenerationRequest, so_far: GenerationResult, error: Exception
-    ) -> tuple[GenerationRequest, GenerationResult]:
+    def _failed(self, result: GenerationResult, error: Exception) -> GenerationResult:
         self._counts["errors"] += 1
         self._counts["attempts"] += 1
-        return asked, replace(so_far, reason=f"error: {error}", failed=True)
+        return replace(result, reason=f"error: {error}", failed=True)
 
 
 def choose_batch_size(batch_size: int | str, device: torch.device) -> int:
@@ -346,6 +336,20 @@ def _scorer(clip: Any, device: torch.device) -> Any:
             "probabilities; give the id of a CLIP model"
         )
     return clip
+
+
+def _check_requests(recipe: Recipe, engine: Engine, strength: float) -> None:
+    """Refuse what would fail for every image: a strength that runs no step, texts that are too long."""
+    guidance = recipe.guidance.high if isinstance(recipe.guidance, SimilarityGuidance) else recipe.guidance
+    shortest = build_prompt(recipe.prompt, "x", "")
+    try:
+        engine.evaluations(GenerationRequest(torch.zeros(3, 1, 1, dtype=torch.uint8), shortest, strength=strength))
+        if engine.tokenizer is not None and engine.max_tokens is not None:
+            check_text(shortest, engine.tokenizer, engine.max_tokens)
+            if guidance > 1:
+                check_text(recipe.negative_prompt, engine.tokenizer, engine.max_tokens, "negative prompt")
+    except GenerationError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _check_adapter_recipe(recipe: Recipe, pipeline: Any) -> None:

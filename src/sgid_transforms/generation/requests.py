@@ -67,7 +67,6 @@ class GenerationResult:
     label_score: float | None = None
     image_similarity: float | None = None
     unet_evaluations: int = 0
-
     failed: bool = False
 
     @property
@@ -82,6 +81,11 @@ class RejectedImageError(GenerationError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    @classmethod
+    def not_finite(cls, request: GenerationRequest) -> RejectedImageError:
+        """The rejection of pixels that are not numbers."""
+        return cls("nan", f"the model returned NaN for {f'request {request.id!r}' if request.id else 'a request'}")
 
 
 Pull = Callable[[int], Sequence[GenerationRequest]]
@@ -128,6 +132,14 @@ def pull_from(requests: Sequence[_T]) -> Callable[[int], list[_T]]:
     return lambda room: [waiting.popleft() for _ in range(min(room, len(waiting)))]
 
 
+def answer_all(
+    stream: Callable[[Pull], Iterator[list[tuple[GenerationRequest, _T]]]], requests: Sequence[GenerationRequest]
+) -> list[_T]:
+    """What a stream answers to a fixed list, in its order; requests that are there twice are answered once."""
+    answers = {request: answer for group in stream(pull_from(list(dict.fromkeys(requests)))) for request, answer in group}
+    return [answers[request] for request in requests]
+
+
 def in_batches(run: Callable[[Sequence[Any]], Sequence[Any]], size: int, pull: Callable[[int], Sequence[Any]]) -> Iterator[Any]:
     """A stream out of a function that answers a list of requests: batch after batch, each finished before the next begins."""
     while batch := pull(size):
@@ -171,10 +183,10 @@ def check_image(image: torch.Tensor) -> None:
         )
 
 
-def check_text(text: str, tokenizer: Any, max_tokens: int) -> None:
+def check_text(text: str, tokenizer: Any, max_tokens: int, name: str = "prompt") -> None:
     """Raise `GenerationError` if ``text`` takes more than ``max_tokens`` tokens, start and end included."""
     # verbose=False: the tokenizer would log its own, vaguer warning
     count = len(tokenizer(text, verbose=False)["input_ids"])
     if count > max_tokens:
         shown = text if len(text) <= 60 else text[:57] + "..."
-        raise GenerationError(f"the prompt {shown!r} takes {count} tokens, the text encoder reads {max_tokens}; shorten it")
+        raise GenerationError(f"the {name} {shown!r} takes {count} tokens, the text encoder reads {max_tokens}; shorten it")

@@ -19,7 +19,15 @@ from torch import Tensor
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.requests import check_strength, steps_to_run
 
-SAMPLERS = ("ddim", "euler", "dpmsolver++", "lcm")
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+"""Samplers by the names of diffusers' schedulers that run the same steps."""
+
+SAMPLERS = tuple(SCHEDULERS)
 
 _SIGMA_DATA = 0.5  # of the consistency models' boundary condition, as LCMScheduler has it
 
@@ -80,6 +88,39 @@ def resolve_sampler(sampler: str, scheduler: Any) -> str:
     return "lcm" if name.startswith("LCM") else "ddim"
 
 
+def check_steps(scheduler: Any, num_inference_steps: int) -> None:
+    """Refuse a number of steps that a diffusers scheduler cannot run.
+
+    Raises:
+        RecipeError: it is beyond the training timesteps, or beyond the steps that an LCM was distilled from.
+    """
+    trained = int(scheduler.config.get("num_train_timesteps", 1000))
+    if not 1 <= num_inference_steps <= trained:
+        raise RecipeError(f"num_inference_steps {num_inference_steps} does not fit the schedule; use 1 to {trained} steps")
+    original = scheduler.config.get("original_inference_steps")
+    if original is not None and num_inference_steps > original:
+        raise RecipeError(
+            f"num_inference_steps {num_inference_steps} exceeds the {original} steps that this LCM was "
+            f"distilled from; use 1 to {original} steps"
+        )
+    # Those without sigmas look noise levels up by timestep; flow matching has neither, and may need a size to set timesteps.
+    if hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
+        _set_timesteps(scheduler, num_inference_steps)
+        last = int(scheduler.timesteps.max())
+        if last >= trained:
+            offset = scheduler.config.get("steps_offset", 0)
+            raise RecipeError(
+                f"num_inference_steps {num_inference_steps} with the checkpoint's steps_offset {offset} starts at timestep "
+                f"{last}, and the schedule ends at {trained - 1}; use at most {trained - offset} steps"
+            )
+
+
+def _set_timesteps(scheduler: Any, num_inference_steps: int, **options: float) -> None:
+    with warnings.catch_warnings():  # diffusers' way of making arrays of tensors is deprecated in NumPy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scheduler.set_timesteps(num_inference_steps, **options)
+
+
 class Schedule:
     """The steps of one sampler on one noise schedule.
 
@@ -118,17 +159,7 @@ class Schedule:
         self._scheduler = _make_scheduler(config, sampler)
         self._trajectories: dict[float, Trajectory] = {}
         self._train_steps = int(self._scheduler.config.num_train_timesteps)
-        if not 1 <= num_inference_steps <= self._train_steps:
-            raise RecipeError(
-                f"num_inference_steps {num_inference_steps} does not fit the schedule; use 1 to {self._train_steps} steps"
-            )
-        if sampler == "lcm":
-            original = self._scheduler.config.original_inference_steps
-            if num_inference_steps > original:
-                raise RecipeError(
-                    f"num_inference_steps {num_inference_steps} exceeds the {original} steps that this LCM was "
-                    f"distilled from; use 1 to {original} steps"
-                )
+        check_steps(self._scheduler, num_inference_steps)
         self._timesteps, self._levels = self._numbers(1.0)
 
     def trajectory(self, strength: float) -> Trajectory:
@@ -185,9 +216,7 @@ class Schedule:
         if self._strength_sets_range:
             self._check_range(strength)
             options["strength"] = strength
-        with warnings.catch_warnings():  # diffusers' way of making arrays of tensors is deprecated in NumPy 2
-            warnings.simplefilter("ignore", DeprecationWarning)
-            scheduler.set_timesteps(steps, **options)
+        _set_timesteps(scheduler, steps, **options)
         timesteps = scheduler.timesteps.double()
         if self.sampler in ("euler", "dpmsolver++"):
             sigmas = scheduler.sigmas.double()
@@ -231,13 +260,7 @@ class Schedule:
 def _make_scheduler(config: Mapping[str, Any], sampler: str) -> Any:
     import diffusers
 
-    names = {
-        "ddim": "DDIMScheduler",
-        "euler": "EulerDiscreteScheduler",
-        "dpmsolver++": "DPMSolverMultistepScheduler",
-        "lcm": "LCMScheduler",
-    }
-    cls = getattr(diffusers, names[sampler])
+    cls = getattr(diffusers, SCHEDULERS[sampler])
     known = inspect.signature(cls.__init__).parameters
     kept = {key: value for key, value in config.items() if key in known and value is not None}
     if sampler == "dpmsolver++":  # other schedulers of this family share the config keys

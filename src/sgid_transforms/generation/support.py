@@ -1,11 +1,14 @@
-"""Which pipelines the native engine can run, and how their modules are made ready for it."""
+"""What a diffusers pipeline's parts say about how to run it: which engine, at which sizes, with which memory formats."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from sgid_transforms.errors import RecipeError
 from sgid_transforms.generation.samplers import PREDICTION_TYPES
@@ -18,6 +21,10 @@ _PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+_TEXT_PARTS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "prior_tokenizer": "prior_text_encoder"}
+_MAX_ASPECT = 4.0  # beyond it, models that know only near-square images repeat themselves
+
+UNLIMITED = 10**6  # a tokenizer without a limit has a model_max_length of 10**30
 
 
 def obstacle(pipeline: Any) -> str | None:
@@ -45,14 +52,8 @@ def obstacle(pipeline: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Formats:
-    """The memory formats of a pipeline's two networks.
-
-    Args:
-        unet: of the UNet's weights and inputs.
-        vae: of the VAE's.
-    """
+class Formats(NamedTuple):
+    """The memory formats of the weights and inputs of a pipeline's two networks."""
 
     unet: torch.memory_format
     vae: torch.memory_format
@@ -64,11 +65,10 @@ def memory_formats(channels_last: bool | None, device: str | torch.device) -> Fo
     On a CPU that is the VAE alone: PyTorch's group norm is slow in this format (in bfloat16 several times slower), and a
     UNet has one before nearly every convolution.
     """
+    last, first = torch.channels_last, torch.contiguous_format
     if channels_last is None:
-        channels_last = torch.device(device).type != "cpu"
-        return Formats(torch.channels_last if channels_last else torch.contiguous_format, torch.channels_last)
-    both = torch.channels_last if channels_last else torch.contiguous_format
-    return Formats(both, both)
+        return Formats(first if torch.device(device).type == "cpu" else last, last)
+    return Formats(last, last) if channels_last else Formats(first, first)
 
 
 def place(pipeline: Any, device: str | torch.device | None, dtype: torch.dtype | None, formats: Formats) -> None:
@@ -88,16 +88,87 @@ def place(pipeline: Any, device: str | torch.device | None, dtype: torch.dtype |
     vae.eval()
 
 
-def native_resolution(unet_config: Any, vae_scale_factor: int) -> int | tuple[int, int]:
-    """The size in pixels that a UNet was trained at.
+def limit_tokenizers(pipeline: Any) -> None:
+    """Give each tokenizer whose checkpoint names no limit the number of positions of its text encoder.
 
-    Raises:
-        RecipeError: the UNet's config does not say it.
+    Without it, longer texts would fail in the encoder, and diffusers would pad the others to 10**30 tokens.
     """
-    size = unet_config.sample_size
-    if size is None:
-        raise RecipeError("the UNet's config names no sample_size, so the model's own resolution is unknown; set resolution")
-    if isinstance(size, (tuple, list)):
-        height, width = size
-        return int(height) * vae_scale_factor, int(width) * vae_scale_factor
-    return int(size) * vae_scale_factor
+    for name, encoder in _TEXT_PARTS.items():
+        tokenizer, positions = getattr(pipeline, name, None), config_of(pipeline, encoder).get("max_position_embeddings")
+        if tokenizer is not None and positions and getattr(tokenizer, "model_max_length", 0) > UNLIMITED:
+            tokenizer.model_max_length = int(positions)
+
+
+def config_of(pipeline: Any, part: str) -> Mapping[str, Any]:
+    """The config of one of a pipeline's models, empty where there is no such model."""
+    config = getattr(getattr(pipeline, part, None), "config", {})
+    values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    return values
+
+
+def native_resolution(pipeline: Any) -> int | tuple[int, int] | None:
+    """The size in pixels that a pipeline's network was trained at, or ``None`` where no config names it."""
+    factor = _vae_factor(pipeline)
+    sizes = [config_of(pipeline, part).get("sample_size") for part in ("unet", "transformer")]
+    for size in (*sizes, getattr(pipeline, "default_sample_size", None)):
+        if isinstance(size, int) and size > 0:
+            return size * factor
+        if isinstance(size, (tuple, list)):
+            height, width = size
+            return int(height) * factor, int(width) * factor
+    return None
+
+
+def size_multiple(pipeline: Any) -> int:
+    """The number of which a pipeline's heights and widths must be multiples."""
+    factor = _vae_factor(pipeline)
+    unet = config_of(pipeline, "unet")
+    if unet:
+        levels = len(unet.get("block_out_channels", (0,)))
+        movq = getattr(pipeline, "movq", None) is not None
+        return int(max(factor * 2 ** (levels - 1), factor**2 if movq else 1))  # Kandinsky rounds to the square of its factor
+    patch = config_of(pipeline, "transformer").get("patch_size", 2)
+    return int(factor * max(patch if isinstance(patch, int) else 2, 2))  # latents are packed two by two, if not more
+
+
+def _vae_factor(pipeline: Any) -> int:
+    movq = getattr(pipeline, "movq", None)
+    if movq is not None:
+        return int(2 ** (len(movq.config.block_out_channels) - 1))
+    return int(getattr(pipeline, "vae_scale_factor", 1))
+
+
+def check_resolution(resolution: int | tuple[int, int], multiple: int) -> None:
+    """Raise `RecipeError` unless a model whose sizes are multiples of ``multiple`` can work at ``resolution``."""
+    if isinstance(resolution, tuple):
+        if len(resolution) != 2 or any(side < multiple or side % multiple for side in resolution):
+            raise RecipeError(f"resolution {resolution} cannot be used; give height and width as multiples of {multiple}")
+    elif resolution < multiple:
+        raise RecipeError(f"resolution {resolution} is too small for this model; use at least {multiple}")
+
+
+def working_size(height: int, width: int, resolution: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Height and width at which a model sees an image.
+
+    A pair is taken as it is. A single number stands for an area, ``resolution ** 2``: the image keeps its aspect ratio
+    (clipped to 1:4 and 4:1), rounded to multiples of ``multiple``, so that images fall into few buckets and those of one
+    bucket share a batch.
+    """
+    if isinstance(resolution, tuple):
+        return resolution
+    aspect = min(max(height / width, 1 / _MAX_ASPECT), _MAX_ASPECT)
+    sides = (resolution * math.sqrt(aspect), resolution / math.sqrt(aspect))
+    rows, columns = (max(round(side / multiple), 1) * multiple for side in sides)
+    return rows, columns
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Float images ``(B, 3, H, W)`` in [0, 1] at another size (antialiased bicubic, clipped); the same object at its own."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [0, 1] as uint8, rounded to the nearest level."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -63,11 +63,6 @@ class CLIPScorer:
         self._images: _Preprocessing | None = None
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
 
-    @property
-    def id(self) -> str:
-        """Name of the model, with its revision where one was given."""
-        return self.path if self.revision is None else f"{self.path}@{self.revision}"
-
     def load(self) -> CLIPScorer:
         """Load the model now instead of on first use; returns the scorer.
 
@@ -130,16 +125,6 @@ class CLIPScorer:
         if len(images) != len(texts):
             raise GenerationError(f"{len(images)} images but {len(texts)} texts; pass one text for each image")
         return (self.image_features(images) * self.text_features(texts)).sum(1).clamp(-1, 1)
-
-    def image_image(self, images: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-        """Cosine of each image with the other one at the same position, float32 ``(N,)`` in [-1, 1].
-
-        Raises:
-            GenerationError: There are not as many of one as of the other.
-        """
-        if len(images) != len(others):
-            raise GenerationError(f"{len(images)} images but {len(others)} others; pass them in pairs")
-        return (self.image_features(images) * self.image_features(others)).sum(1).clamp(-1, 1)
 
     def label_probabilities(self, images: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
         """Probability of each label for each image: the softmax of CLIP's logits over the labels.

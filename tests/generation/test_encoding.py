@@ -5,8 +5,90 @@ from typing import Any
 import pytest
 import torch
 
-from sgid_transforms.generation.latents import LatentCache, LatentCodec
-from tiny_models import image, kl_vae, tiny_vae
+from sgid_transforms.errors import GenerationError
+from sgid_transforms.generation.batching import BatchLimit
+from sgid_transforms.generation.encoding import LatentCache, LatentCodec, PromptEmbedding, PromptEncoder
+from tiny_models import image, kl_vae, sd1, sdxl, tiny_vae
+
+
+def ask(encoder: PromptEncoder, *texts: str, negative: bool = False) -> list[Any]:
+    with torch.no_grad():
+        return encoder.get([(text, negative) for text in texts], BatchLimit(4))
+
+
+def count_texts(pipeline: Any) -> list[int]:
+    """Batch sizes that the text encoder meets from now on."""
+    sizes: list[int] = []
+    pipeline.text_encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    return sizes
+
+
+def test_each_distinct_text_is_encoded_once() -> None:
+    pipeline = sd1()
+    encoder, sizes = PromptEncoder(pipeline, 8), count_texts(pipeline)
+    first = ask(encoder, "a cat", "a dog", "a cat", "a cat")
+    assert first[0] is first[2] is first[3]
+    assert sizes == [2]
+    assert ask(encoder, "a dog")[0] is first[1]
+    assert sizes == [2]
+
+
+def test_the_oldest_text_is_forgotten() -> None:
+    pipeline = sd1()
+    encoder, sizes = PromptEncoder(pipeline, 2), count_texts(pipeline)
+    ask(encoder, "one", "two")
+    ask(encoder, "one")
+    ask(encoder, "three")
+    ask(encoder, "one")
+    assert len(sizes) == 2
+    ask(encoder, "two")
+    assert len(sizes) == 3
+
+
+def test_more_texts_than_the_cache_holds() -> None:
+    found = ask(PromptEncoder(sd1(), 2), *"abcdefg")
+    assert all(isinstance(item, PromptEmbedding) for item in found)
+
+
+def test_a_long_text_fails_alone() -> None:
+    found = ask(PromptEncoder(sd1(), 8), "short", "x" * 80, "other")
+    assert isinstance(found[1], GenerationError)
+    assert "takes 82 tokens, the text encoder reads 77" in str(found[1])
+    assert isinstance(found[0], PromptEmbedding)
+    assert isinstance(found[2], PromptEmbedding)
+
+
+def test_batching_does_not_change_an_embedding() -> None:
+    pipeline = sdxl()
+    together = ask(PromptEncoder(pipeline, 8), "a cat", "a long-haired dog on a lawn")
+    for i, text in enumerate(("a cat", "a long-haired dog on a lawn")):
+        (alone,) = ask(PromptEncoder(pipeline, 8), text)
+        torch.testing.assert_close(alone.sequence, together[i].sequence)
+        torch.testing.assert_close(alone.pooled, together[i].pooled)
+
+
+def test_empty_negative_prompt_is_zero_for_sdxl_only_when_negative() -> None:
+    encoder = PromptEncoder(sdxl(zeros=True), 8)
+    assert not ask(encoder, "", negative=True)[0].sequence.any()
+    assert ask(encoder, "")[0].sequence.any()
+
+
+def test_limits_of_two_tokenizers() -> None:
+    pipeline = sdxl()
+    pipeline.tokenizer_2.model_max_length = 20
+    encoder = PromptEncoder(pipeline, 8)
+    assert encoder.max_tokens == 20
+    assert encoder.tokenizer is pipeline.tokenizer_2
+    assert isinstance(ask(encoder, "x" * 30)[0], GenerationError)
+
+
+def test_forgetting_all() -> None:
+    pipeline = sd1()
+    encoder, sizes = PromptEncoder(pipeline, 8), count_texts(pipeline)
+    ask(encoder, "a cat")
+    encoder.clear()
+    ask(encoder, "a cat")
+    assert sizes == [1, 1]
 
 
 def pixels(*seeds: int) -> torch.Tensor:
@@ -59,14 +141,6 @@ def vae_round_trip(vae: Any) -> torch.Tensor:
         return codec.decode(codec.draw(encoded, torch.Generator().manual_seed(0))[None])
 
 
-def test_work_is_counted(vae: Any) -> None:
-    codec = LatentCodec(vae, torch.channels_last)
-    with torch.no_grad():
-        encoded = codec.encode(pixels(1, 2, 3))
-        codec.decode(torch.stack([codec.draw(e, torch.Generator()) for e in encoded[:2]]))
-    assert (codec.encoded, codec.decoded) == (3, 2)
-
-
 def test_cache_gives_back_what_was_put(vae: Any, tmp_path: Path) -> None:
     cache = LatentCache(tmp_path / "latents", vae)
     key = cache.key(image(1), (32, 32))
@@ -78,7 +152,6 @@ def test_cache_gives_back_what_was_put(vae: Any, tmp_path: Path) -> None:
     assert found is not None
     for a, b in zip(found, batch[0], strict=True):
         assert torch.equal(a, b)
-    assert cache.hits == 1
     (file,) = (tmp_path / "latents").rglob("*.safetensors")
     assert file.stat().st_size < sum(t.nbytes for t in batch[0]) + 500, "the whole batch was written with its entry"
 
@@ -110,7 +183,6 @@ def test_a_damaged_file_is_a_miss(damage: bytes, tmp_path: Path) -> None:
     (file,) = tmp_path.rglob("*.safetensors")
     file.write_bytes(damage)
     assert cache.get("ab12", "cpu") is None
-    assert cache.hits == 0
     cache.put("ab12", (torch.ones(3),))
     assert cache.get("ab12", "cpu") is not None
 

@@ -4,8 +4,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgid_transforms.errors import RecipeError
-from sgid_transforms.generation.sizes import check_resolution, resize, to_uint8, working_size
-from tiny_models import image
+from sgid_transforms.generation.support import (
+    Formats,
+    check_resolution,
+    limit_tokenizers,
+    memory_formats,
+    native_resolution,
+    resize,
+    size_multiple,
+    to_uint8,
+    working_size,
+)
+from tiny_families import FAMILIES
+from tiny_models import image, sdxl
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([(32, 8), (512, 64), (1024, 32)]))
@@ -61,3 +72,32 @@ def test_every_level_survives_the_round_trip() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(levels.float() / 255), levels)
     assert to_uint8(torch.tensor([-0.1, 1.1])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "multiple"),
+    [
+        ("stable-diffusion-pag", 32, 4),  # 16 latents of 2 pixels; one UNet level below
+        ("flux", 128, 2),  # its default of 128 latents, here of one pixel, packed two by two
+        ("if", 32, 2),  # pixels
+        ("kandinsky22", 32, 4),
+        ("kandinsky3", None, 4),  # it does not say
+    ],
+)
+def test_native_resolution_and_multiples(family: str, resolution: int | None, multiple: int) -> None:
+    pipeline = FAMILIES[family]()
+    assert (native_resolution(pipeline), size_multiple(pipeline)) == (resolution, multiple)
+
+
+def test_memory_formats_follow_the_device() -> None:
+    last, first = torch.channels_last, torch.contiguous_format
+    assert memory_formats(None, "cpu") == Formats(unet=first, vae=last)
+    assert memory_formats(None, "cuda:1") == memory_formats(True, "cpu") == Formats(last, last)
+    assert memory_formats(False, "cuda") == Formats(first, first)
+
+
+def test_tokenizers_without_a_limit_get_that_of_their_encoder() -> None:
+    pipeline = sdxl()
+    pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length = 10**30, 20
+    limit_tokenizers(pipeline)
+    assert (pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length) == (77, 20)
