@@ -277,7 +277,7 @@ class TestFiles:
             raw.execute("CREATE TABLE mine (x)")
         raw.close()
         before = path.read_bytes()
-        with pytest.raises(StoreError, match="is a SQLite file, but no caption store"):
+        with pytest.raises(StoreError, match="is a SQLite file, but not a caption store"):
             CaptionStore(path).put(FULL)
         assert path.read_bytes() == before
 

@@ -1,5 +1,6 @@
-"""VariantStore: damaged files, full disks, read-only media and hostile names. Nothing may raise into a reader."""
+"""VariantStore: damaged files, links, full disks, read-only media and hostile names. Nothing may raise into a reader."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from sgid_transforms.errors import StoreError
-from sgid_transforms.variants import Provenance, VariantStore, layout
+from sgid_transforms.variants import Provenance, VariantRef, VariantStore, layout
 
 KEY = "0123456789abcdef0123456789abcdef"
 PROVENANCE = Provenance("a photo of a cat", label="cat", versions={"torch": "2.14.1"})
@@ -172,6 +173,156 @@ def test_an_unreadable_file_is_a_miss_and_stays(store, monkeypatch, caplog):
     assert "Input/output error" in caplog.text
     monkeypatch.setattr(os, "read", real)
     assert store.get(RECIPE, KEY, 0) is not None
+
+
+@pytest.mark.parametrize("fault", ["no-permission", "quarantine-is-a-file", "quarantine-is-a-link", "other-file-system"])
+def test_a_damaged_file_that_cannot_be_moved_is_a_miss_and_no_repair(store, monkeypatch, caplog, fault):
+    """It was said to be moved, and counted as repaired, although it stayed."""
+    store.put(RECIPE, KEY, 0, _image(), PROVENANCE)
+    _path(store).write_bytes(b"damaged")
+    quarantine = store.root / "quarantine"
+    if fault == "quarantine-is-a-file":
+        quarantine.touch()
+    elif fault == "quarantine-is-a-link":
+        quarantine.symlink_to(store.root.parent)
+    else:
+
+        def refuse(*args):
+            raise OSError(*{"no-permission": (13, "Permission denied"), "other-file-system": (18, "Cross-device link")}[fault])
+
+        monkeypatch.setattr(os, "replace", refuse)
+    report = store.verify(repair=True)
+    assert (report.damaged, report.repaired) == ((_path(store),), 0)
+    assert [read(RECIPE, KEY, 0) for read in (store.get, store.get_image, store.get_pil)] == [None] * 3
+    assert store.quarantined == 4
+    assert "it could not be moved" in caplog.text
+    assert "stays where it is" in caplog.text
+    assert "goes to quarantine" not in caplog.text
+    assert _path(store).read_bytes() == b"damaged"
+    monkeypatch.undo()
+    if not quarantine.is_dir() or quarantine.is_symlink():
+        quarantine.unlink()
+    assert store.verify(repair=True).repaired == 1
+    assert store.verify().ok
+
+
+class TestLinks:
+    """Nothing is listed, written, moved or removed through a symbolic link below the root."""
+
+    PLACES = ("recipe", "shard", "tmp", "quarantine")
+
+    @pytest.fixture
+    def outside(self, tmp_path):
+        """A folder beside the store that looks like a part of one, with a good, a damaged, a foreign and an old file."""
+        outside = tmp_path / "outside"
+        (outside / "01").mkdir(parents=True)
+        other = VariantStore(tmp_path / "other", fsync=False)
+        other.put(RECIPE, KEY, 0, _image(), PROVENANCE)
+        for folder in (outside, outside / "01"):
+            shutil.copy(_path(other), folder)
+            (folder / f"{KEY}-1.png").write_bytes(b"damaged")
+            (folder / f"{KEY}-2.failed.json").write_bytes(b"damaged")
+            (folder / "notes.txt").write_text("mine")
+            (folder / "elsewhere_2_1_0.tmp").write_text("mine")
+            os.utime(folder / "elsewhere_2_1_0.tmp", (1, 1))
+        (outside / "02").mkdir()
+        return outside
+
+    @staticmethod
+    def _state(folder):
+        return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+    @pytest.fixture(params=PLACES)
+    def linked(self, request, store, outside):
+        """A store in which one folder is a link to ``outside``, opened afresh."""
+        store.put("01bb", KEY, 0, _image(), PROVENANCE)
+        link = store.root / {"recipe": "01aa", "shard": "01aa/01"}.get(request.param, request.param)
+        link.parent.mkdir(exist_ok=True)
+        if link.is_dir():
+            link.rmdir()
+        link.symlink_to(outside)
+        return VariantStore(store.root, fsync=False)
+
+    def test_nothing_changes_behind_one(self, linked, outside):
+        before = self._state(outside)
+        for number in range(3):
+            linked.get(RECIPE, KEY, number)
+            linked.failure(RECIPE, KEY, number)
+        for write in (
+            lambda: linked.put(RECIPE, KEY, 5, _image(), PROVENANCE),
+            lambda: linked.put_failure(RECIPE, KEY, 6, ["nsfw"]),
+            lambda: linked.remove([VariantRef("01aa", KEY, 0, outside / f"{KEY}-0.png")]),
+            lambda: linked.forget_failures("01aa"),
+            lambda: linked.verify(repair=True),
+            lambda: linked.merge(outside.parent / "other"),
+            lambda: linked.sweep(0),
+            lambda: linked.prune("01bb"),
+            lambda: linked.prune("01cc"),
+        ):
+            with contextlib.suppress(StoreError):
+                write()
+        assert self._state(outside) == before
+
+    @pytest.mark.parametrize("linked", ["recipe", "shard", "tmp"], indirect=True)
+    def test_a_write_through_one_is_an_error_that_names_it(self, linked):
+        for write in (
+            lambda: linked.put(RECIPE, KEY, 5, _image(), PROVENANCE),
+            lambda: linked.put_failure(RECIPE, KEY, 6, ["nsfw"]),
+        ):
+            with pytest.raises(StoreError, match="is a symbolic link; put a folder in its place"):
+                write()
+
+    @pytest.mark.parametrize("linked", ["recipe", "shard"], indirect=True)
+    def test_a_removal_through_one_is_an_error_that_names_it(self, linked, outside):
+        with pytest.raises(StoreError, match="is a symbolic link; put a folder in its place"):
+            linked.remove([VariantRef("01aa", KEY, 0, outside / f"{KEY}-0.png")])
+
+    @pytest.mark.parametrize("linked", ["recipe"], indirect=True)
+    def test_a_recipe_behind_one_is_absent(self, linked):
+        for number in range(3):
+            assert linked.get(RECIPE, KEY, number) is None
+            assert linked.get_image(RECIPE, KEY, number) is None
+            assert linked.get_pil(RECIPE, KEY, number) is None
+            assert linked.failure(RECIPE, KEY, number) is None
+            assert not linked.contains(RECIPE, KEY, number)
+        assert list(linked.iter("01aa")) == list(linked.iter_failures("01aa")) == []
+        assert linked.stats().variants == {"01bb": 1}
+        assert linked.quarantined == 0
+        assert linked.count() == 1
+
+    @pytest.mark.parametrize("linked", ["shard"], indirect=True)
+    def test_a_link_in_place_of_a_shard_is_foreign_and_itself_moved_aside(self, linked, outside):
+        before = self._state(outside)
+        assert linked.get(RECIPE, KEY, 1) is None
+        assert (linked.root / "01aa" / "01").is_symlink()
+        report = linked.verify(repair=True)
+        assert (report.foreign, report.repaired) == ((linked.root / "01aa" / "01",), 1)
+        assert linked.put(RECIPE, KEY, 1, _image(), PROVENANCE)
+        assert linked.verify().ok
+        assert self._state(outside) == before
+
+    def test_the_link_of_one_variant_is_moved_or_removed_and_not_its_target(self, store, outside):
+        for number in range(3):
+            _path(store, number).symlink_to(outside / f"{KEY}-1.png")
+        before = self._state(outside)
+        assert store.get(RECIPE, KEY, 0) is None
+        assert store.remove([VariantRef("01aa", KEY, 1, _path(store, 1))]) == 1
+        assert store.prune("01bb") == 1
+        assert store.stats().quarantined == 1
+        assert self._state(outside) == before
+
+    def test_the_root_may_be_one(self, store, tmp_path):
+        store.root.mkdir()
+        (tmp_path / "link").symlink_to(store.root)
+        linked = VariantStore(tmp_path / "link", fsync=False)
+        for number in range(3):
+            assert linked.put(RECIPE, KEY, number, _image(), PROVENANCE)
+        _path(linked, 0).write_bytes(b"damaged")
+        assert linked.get(RECIPE, KEY, 0) is None
+        assert linked.remove([VariantRef("01aa", KEY, 1, _path(linked, 1))]) == 1
+        assert [ref.variant for ref in linked.iter()] == [ref.variant for ref in store.iter()] == [2]
+        assert linked.stats().quarantined == 1
+        assert linked.prune("01bb") == 1
 
 
 class TestNames:

@@ -279,6 +279,53 @@ class TestPrune:
         assert store.count() == 1
 
 
+class TestRemove:
+    def test_the_named_variants_and_failures_go_and_no_others(self, store):
+        for number in range(4):
+            store.put(_recipe(("png", "jpeg", "webp", "png")[number]), KEY, number, _image(), PROVENANCE)
+        store.put(_recipe("png", "01bb"), OTHER_KEY, 0, _image(), PROVENANCE)
+        store.put_failure("01aa", KEY, 3, ["nsfw"])  # beside a variant of the same number
+        assert store.remove(ref for ref in store.iter("01aa") if ref.variant < 3) == 3
+        assert [ref.variant for ref in store.iter("01aa")] == [3]
+        assert store.remove(list(store.iter_failures())) == 1
+        assert store.contains("01aa", KEY, 3)
+        refs = list(store.iter("01bb"))
+        assert store.remove(refs) == 1
+        assert store.remove(refs) == store.remove([]) == 0
+        assert sorted(path.name for path in store.root.iterdir()) == ["01aa", "sgid-variants.json", "tmp"]
+
+    def test_a_foreign_file_keeps_its_folder(self, store):
+        store.put(_recipe(), KEY, 0, _image(), PROVENANCE)
+        (store.root / "01aa" / "01" / "notes.txt").write_text("mine")
+        assert store.remove(store.iter()) == 1
+        assert _files(store.root) == ["01aa/01/notes.txt", "sgid-variants.json"]
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            *({"fingerprint": ".."}, {"fingerprint": "quarantine"}, {"key": "../../x"}, {"key": OTHER_KEY}, {"variant": -1}),
+            *({"variant": 7}, {"path": Path("notes.txt")}, {"path": Path(f"{KEY}-0.txt")}, {"path": Path(f"{KEY}-0.png/..")}),
+        ],
+        ids=str,
+    )
+    def test_what_no_store_writes_is_refused(self, store, tmp_path, changes):
+        store.put(_recipe(), KEY, 0, _image(), PROVENANCE)
+        for name in ("notes.txt", f"{KEY}-0.txt"):
+            (store.root / "01aa" / "01" / name).write_text("mine")
+        before = _files(tmp_path)
+        with pytest.raises(StoreError):
+            store.remove([next(store.iter())._replace(**changes)])
+        assert _files(tmp_path) == before
+
+    def test_only_the_files_of_this_store_are_removed(self, store, tmp_path):
+        """The path of a ref says of which kind the file is, not where it lies."""
+        other = VariantStore(tmp_path / "other", fsync=False)
+        for each in (store, other):
+            each.put(_recipe(), KEY, 0, _image(), PROVENANCE)
+        assert store.remove(other.iter()) == 1
+        assert (store.count(), other.count()) == (0, 1)
+
+
 class TestMerge:
     @pytest.fixture
     def other(self, tmp_path):
@@ -349,9 +396,9 @@ class TestVerify:
 class TestSweep:
     def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(self, store):
         store.put(_recipe(), KEY, 0, _image(), PROVENANCE)
-        from sgid_transforms.variants import files
+        from sgid_transforms.variants import folder as folders
 
-        host = files._host()
+        host = folders._host()
         folder = store.root / "tmp"
         dead = folder / f"{host}_{2**22 + 1}_1_0.tmp"  # above Linux's largest process id
         mine = folder / f"{host}_{os.getpid()}_1_0.tmp"
@@ -411,6 +458,7 @@ class TestObject:
             lambda: reader.prune("01aa"),
             lambda: reader.merge(store),
             lambda: reader.forget_failures(),
+            lambda: reader.remove(reader.iter()),
         ):
             with pytest.raises(StoreError, match="opened with readonly=True"):
                 write()

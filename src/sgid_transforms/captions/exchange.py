@@ -2,17 +2,16 @@
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sgid_transforms.captions.record import COLUMNS, MAX_TEXT, CaptionRecord, to_row
-from sgid_transforms.errors import StoreError
+from sgid_transforms.errors import ImageError, StoreError
+from sgid_transforms.files import replacing
 
 _OWN_FIELDS = ("key", "label", "similarity", "rank", "captioner", "source")
-_TEXTS = ("key", "caption", "label", "captioner", "source", "path")
 
 
 def write_jsonl(records: Iterable[CaptionRecord], path: Path) -> int:
@@ -21,7 +20,7 @@ def write_jsonl(records: Iterable[CaptionRecord], path: Path) -> int:
     See https://huggingface.co/docs/datasets/image_dataset#imagefolder for the format. ASCII escapes keep any text on its line.
     """
     written = 0
-    with _replacing(path) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
+    with _writing(path) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
         for record in records:
             if record.path is None:
                 continue
@@ -34,19 +33,17 @@ def write_jsonl(records: Iterable[CaptionRecord], path: Path) -> int:
 
 def read_jsonl(path: Path, key: Callable[[Path], str] | None) -> list[CaptionRecord]:
     """The records of a ``metadata.jsonl``; a blank line is none."""
-    records = []
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        records.append(_from_json(line, path.parent, key))
-                    except (StoreError, ValueError, RecursionError) as error:
-                        raise StoreError(f"{path}, line {number}: {error}") from error
+        lines = path.read_text("utf-8", "replace").split("\n")
     except OSError as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"could not read {path}: {error.strerror or error}; check the path") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                records.append(_from_json(line, path.parent, key))
+        except (StoreError, ValueError, RecursionError) as error:
+            raise StoreError(f"{path}, line {number}: {error}") from error
     return records
 
 
@@ -61,7 +58,7 @@ def write_parquet(records: Iterable[CaptionRecord], path: Path) -> int:
     kinds = {"similarity": arrow.float64(), "rank": arrow.float64()}
     schema = arrow.schema([(name, kinds.get(name, arrow.string())) for name in COLUMNS])
     table = arrow.table({name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}, schema=schema)
-    with _replacing(path) as temporary:
+    with _writing(path) as temporary:
         parquet.write_table(table, temporary)
     return len(rows)
 
@@ -72,18 +69,16 @@ def read_parquet(path: Path) -> list[CaptionRecord]:
     try:
         table = parquet.read_table(path)
         names = [name for name in COLUMNS if name in table.column_names]
-        lacking = {"key", "caption"} - set(names)
-        if lacking:
-            raise StoreError(f"{path} has no column {' and no column '.join(sorted(lacking))}; name its columns so")
         rows = table.select(names).to_pylist()
     except (OSError, arrow.ArrowException, UnicodeDecodeError) as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"could not read {path} as Parquet: {error}") from error
+    lacking = sorted({"key", "caption"} - set(names))
+    if lacking:
+        raise StoreError(f"{path} has no column {' and no column '.join(lacking)}; name its columns so")
     records = []
     for number, row in enumerate(rows, 1):
         try:
-            records.append(_record({name: value for name, value in row.items() if value is not None}))
+            records.append(_record(row))
         except StoreError as error:
             raise StoreError(f"{path}, row {number}: {error}") from error
     return records
@@ -96,39 +91,30 @@ def _from_json(line: str, folder: Path, key: Callable[[Path], str] | None) -> Ca
     for name in ("file_name", "text"):
         if not isinstance(values.get(name), str):
             raise StoreError(f'it has no "{name}" of text')
-    fields = {name: values[name] for name in _OWN_FIELDS if values.get(name) is not None}
     file_name = values["file_name"]
-    fields |= {"caption": values["text"], "path": os.fspath(folder / file_name) if "\0" not in file_name else file_name}
-    if "key" not in fields:
+    fields = {name: values.get(name) for name in _OWN_FIELDS}
+    if fields["key"] is None:
         fields["key"] = (key or _key_of_file)(_inside(folder, file_name))
-    return _record(fields)
+    path = file_name if "\0" in file_name else os.fspath(folder / file_name)
+    return _record(fields | {"caption": values["text"], "path": path})
 
 
 def _record(fields: dict[str, Any]) -> CaptionRecord:
     """A record of values from outside, checked so that a bad one is refused where it stands."""
-    for name in ("key", "caption"):
-        if name not in fields:
-            raise StoreError(f"it has no {name}")
-    for name in _TEXTS:
-        if name in fields and not isinstance(fields[name], str):
-            raise StoreError(f"{name} {fields[name]!r:.80} is a {type(fields[name]).__name__}, not text")
-    record = CaptionRecord(**({"source": "import"} | fields))
+    known = {name: value for name, value in fields.items() if value is not None}
+    record = CaptionRecord(**({"key": None, "caption": None, "source": "import"} | known))
     to_row(record)
     return record
 
 
 def _key_of_file(path: Path) -> str:
-    from PIL import Image
-
     from sgid_transforms.images.keys import image_key
+    from sgid_transforms.images.reading import load_image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image_key(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise StoreError(f"its image {os.fspath(path)!r:.200} cannot be read ({type(error).__name__})") from error
+        return image_key(load_image(path))
+    except ImageError as error:
+        raise StoreError(f"its image {os.fspath(path)!r:.200}: {error}") from error
 
 
 def _inside(folder: Path, file_name: str) -> Path:
@@ -149,18 +135,15 @@ def _relative(path: str, folder: Path) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of ``path`` at the end, and vanishes after an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _writing(path: Path) -> Iterator[Path]:
+    """As ``replacing``; what goes wrong is a ``StoreError``."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
+    except StoreError:  # of the store that is read meanwhile
+        raise
     except OSError as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"could not write {path}: {error.strerror or error}; check its folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _arrow() -> tuple[Any, Any]:

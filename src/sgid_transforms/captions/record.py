@@ -21,16 +21,16 @@ class CaptionRecord:
     """What is known about one image.
 
     Args:
-        key: of the image (``image_key``).
-        caption: what the image shows.
-        label: name of its class.
-        similarity: cosine of the image and its prompt, as the similarity model gives it.
-        rank: of the similarity within the data set, in [0, 1].
-        captioner: id of the model, or of the person, that wrote the caption.
+        key: Of the image (``image_key``).
+        caption: What the image shows.
+        label: Name of its class.
+        similarity: Cosine of the image and its prompt, as the similarity model gives it.
+        rank: Of the similarity within the data set, in [0, 1].
+        captioner: Id of the model, or of the person, that wrote the caption.
         source: ``"human"`` captions are never replaced by the others.
-        path: of the image file, as the data set has it.
-        scorer: id of the model that measured the similarity.
-        prompt: the text that the similarity was measured with: label and caption in the recipe's template.
+        path: Of the image file, as the data set has it.
+        scorer: Id of the model that measured the similarity.
+        prompt: The text that the similarity was measured with: label and caption in the recipe's template.
     """
 
     key: str
@@ -52,7 +52,7 @@ def to_row(record: CaptionRecord) -> tuple[object, ...]:
     keeps its bytes. A score that is not finite is no score.
 
     Raises:
-        StoreError: a field that cannot be stored.
+        StoreError: A field that cannot be stored.
     """
     if record.source not in SOURCES:
         raise StoreError(f"source {record.source!r} of caption {record.key!r:.80} is unknown; use one of {', '.join(SOURCES)}")
@@ -84,7 +84,7 @@ def check_key(key: object) -> str:
     """``key``, if it can name a record.
 
     Raises:
-        StoreError: not a string, empty, too long, or not encodable.
+        StoreError: Not a string, empty, too long, or not encodable.
     """
     if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY:
         raise StoreError(f"key {key!r:.80} is not a string of 1 to {MAX_KEY} characters; use image_key(image)")

@@ -13,58 +13,46 @@ from sgid_transforms.captions.record import COLUMNS, CaptionRecord, check_key, f
 from sgid_transforms.errors import StoreError
 from sgid_transforms.recipe.guidance import rank_similarities
 
-SCHEMA_VERSION = 2
-_APPLICATION_ID = 0x53474944  # "SGID"
-_SCHEMA = """
-CREATE TABLE captions (
-    key TEXT PRIMARY KEY NOT NULL, caption TEXT NOT NULL, label TEXT, similarity REAL, rank REAL,
-    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT
-) WITHOUT ROWID
-"""
-_UPGRADES = ("ALTER TABLE captions ADD COLUMN scorer TEXT", "ALTER TABLE captions ADD COLUMN prompt TEXT")
-_OLD = "CREATE TEMP VIEW captions AS SELECT *, NULL AS scorer, NULL AS prompt FROM main.captions"
 _ALL = ", ".join(COLUMNS)
 _GET = f"SELECT {_ALL} FROM captions WHERE key = ?"
 _CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
 
-_UPSERT = f"""
+
+def _upsert(*, take: str, first: str, second: str) -> str:
+    """The statement that joins a new record (``excluded``) and the one that is there (``captions``), if there is one.
+
+    Args:
+        take: Condition under which the new record's text is taken; scores belong to one text.
+        first: The side whose fields come first.
+        second: The side that fills the gaps.
+    """
+
+    def either(name: str) -> str:
+        return f"COALESCE({first}.{name}, {second}.{name})"
+
+    def taken(name: str) -> str:
+        return f"CASE WHEN {take} THEN excluded.{name} ELSE captions.{name} END"
+
+    def score(name: str, of_same_text: str) -> str:
+        return f"CASE WHEN excluded.caption = captions.caption THEN {of_same_text} ELSE {taken(name)} END"
+
+    def with_similarity(name: str) -> str:
+        return f"CASE WHEN {either('similarity')} IS {first}.similarity THEN {first}.{name} ELSE {second}.{name} END"
+
+    is_same_similarity = "COALESCE(excluded.similarity = captions.similarity, TRUE)"
+    rank = f"CASE WHEN {is_same_similarity} THEN {either('rank')} ELSE {first}.rank END"
+    return f"""
 INSERT INTO captions ({_ALL}) VALUES ({", ".join("?" * len(COLUMNS))})
 ON CONFLICT (key) DO UPDATE SET
-    caption = CASE WHEN %(take)s THEN excluded.caption ELSE caption END,
-    captioner = CASE WHEN %(take)s THEN excluded.captioner ELSE captioner END,
-    source = CASE WHEN %(take)s THEN excluded.source ELSE source END,
-    label = COALESCE(%(first)slabel, %(second)slabel),
-    path = COALESCE(%(first)spath, %(second)spath),
-    similarity = CASE
-        WHEN excluded.caption = caption THEN COALESCE(%(first)ssimilarity, %(second)ssimilarity)
-        WHEN %(take)s THEN excluded.similarity ELSE similarity END,
-    rank = CASE
-        WHEN excluded.caption = caption AND COALESCE(excluded.similarity = similarity, TRUE)
-            THEN COALESCE(%(first)srank, %(second)srank)
-        WHEN excluded.caption = caption THEN %(first)srank
-        WHEN %(take)s THEN excluded.rank ELSE rank END,
-    scorer = CASE
-        WHEN excluded.caption = caption THEN CASE
-            WHEN COALESCE(%(first)ssimilarity, %(second)ssimilarity) IS %(first)ssimilarity THEN %(first)sscorer
-            ELSE %(second)sscorer END
-        WHEN %(take)s THEN excluded.scorer ELSE scorer END,
-    prompt = CASE
-        WHEN excluded.caption = caption THEN CASE
-            WHEN COALESCE(%(first)ssimilarity, %(second)ssimilarity) IS %(first)ssimilarity THEN %(first)sprompt
-            ELSE %(second)sprompt END
-        WHEN %(take)s THEN excluded.prompt ELSE prompt END
+    caption = {taken("caption")}, captioner = {taken("captioner")}, source = {taken("source")},
+    label = {either("label")}, path = {either("path")},
+    similarity = {score("similarity", either("similarity"))}, rank = {score("rank", rank)},
+    scorer = {score("scorer", with_similarity("scorer"))}, prompt = {score("prompt", with_similarity("prompt"))}
 """
-# "take" says whether the new record's text is taken; scores belong to one text. "first" is the side whose fields come first.
-_PUT = _UPSERT % {
-    "take": "(excluded.source = 'human' OR captions.source <> 'human')",
-    "first": "excluded.",
-    "second": "captions.",
-}
-_MERGE = _UPSERT % {
-    "take": "(excluded.source = 'human' AND captions.source <> 'human')",
-    "first": "captions.",
-    "second": "excluded.",
-}
+
+
+_PUT = _upsert(take="(excluded.source = 'human' OR captions.source <> 'human')", first="excluded", second="captions")
+_MERGE = _upsert(take="(excluded.source = 'human' AND captions.source <> 'human')", first="captions", second="excluded")
 
 
 class CaptionStore:
@@ -76,27 +64,18 @@ class CaptionStore:
     Captions with ``source="human"`` are replaced by other human ones only; similarities and ranks can always be updated.
 
     Args:
-        path: of the file; created with the first use, unless ``readonly``.
-        readonly: refuse to write; the file must exist.
+        path: Of the file; created with the first use, unless ``readonly``.
+        readonly: Refuse to write; the file must exist.
 
     Raises:
-        StoreError: from every method, if the file cannot be read or written, is no caption store or one of a newer version.
+        StoreError: From every method, if the file cannot be read or written, is no caption store or one of a newer version.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, readonly: bool = False) -> None:
         text = os.fspath(path)
         if not isinstance(text, str) or not text or "\0" in text:
             raise StoreError(f"caption store path {text!r} is empty, of bytes, or holds a NUL character; choose another one")
-        self._database = Database(
-            Path(text),
-            readonly=readonly,
-            application_id=_APPLICATION_ID,
-            version=SCHEMA_VERSION,
-            schema=_SCHEMA,
-            what="caption store",
-            upgrades=_UPGRADES,
-            old=_OLD,
-        )
+        self._database = Database(Path(text), readonly=readonly)
 
     @property
     def path(self) -> Path:
@@ -125,9 +104,11 @@ class CaptionStore:
 
     def get_many(self, keys: Iterable[str]) -> dict[str, CaptionRecord]:
         """The records of those keys that have one."""
+        checked = [check_key(key) for key in keys]
         found: dict[str, CaptionRecord] = {}
         with self._database.reading() as connection:
-            for chunk in _chunks(keys):
+            for start in range(0, len(checked), _CHUNK):
+                chunk = checked[start : start + _CHUNK]
                 marks = ",".join("?" * len(chunk))
                 rows = connection.execute(f"SELECT {_ALL} FROM captions WHERE key IN ({marks})", chunk)
                 found.update((row[0], from_row(row)) for row in rows)
@@ -136,11 +117,7 @@ class CaptionStore:
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that have no record: each once, in their order."""
         wanted = list(dict.fromkeys(keys))
-        known: set[str] = set()
-        with self._database.reading() as connection:
-            for chunk in _chunks(wanted):
-                marks = ",".join("?" * len(chunk))
-                known.update(row[0] for row in connection.execute(f"SELECT key FROM captions WHERE key IN ({marks})", chunk))
+        known = self.get_many(wanted)
         return [key for key in wanted if key not in known]
 
     def put(self, record: CaptionRecord) -> None:
@@ -155,7 +132,7 @@ class CaptionStore:
         for the same caption.
 
         Raises:
-            StoreError: a record that cannot be stored, or a file that cannot be written.
+            StoreError: A record that cannot be stored, or a file that cannot be written.
         """
         rows = [to_row(record) for record in records]
         if rows:
@@ -166,7 +143,7 @@ class CaptionStore:
         """Set the similarity of some records, of human captions as well; their ranks are unknown until :meth:`set_ranks`.
 
         Args:
-            similarities: key -> cosine of (image, prompt). Keys without a record are left out.
+            similarities: Key -> cosine of (image, prompt). Keys without a record are left out.
         """
         rows = [(to_row(CaptionRecord(key, "", similarity=value))[3], key) for key, value in similarities.items()]
         with self._database.writing() as connection:
@@ -179,7 +156,7 @@ class CaptionStore:
         similarity get no rank.
 
         Args:
-            keep: leave the ranks that are there, and place the others among them. Variants are made by an image's rank, so it
+            keep: Leave the ranks that are there, and place the others among them. Variants are made by an image's rank, so it
                 must not change when more images come. Only where fewer than half of the similarities have a rank, all are
                 ranked anew.
         """
@@ -246,7 +223,7 @@ class CaptionStore:
             How many records were written.
 
         Raises:
-            StoreError: it cannot be written; an existing file is then left as it was.
+            StoreError: It cannot be written; an existing file is then left as it was.
         """
         return exchange.write_jsonl(self, Path(path))
 
@@ -254,14 +231,14 @@ class CaptionStore:
         """Read a ``metadata.jsonl``: all of it, or nothing after an error.
 
         Args:
-            path: of the file; images are looked for in its folder.
-            key: image file -> key, for lines without a ``key`` field; the default reads the image (``image_key``).
+            path: Of the file; images are looked for in its folder.
+            key: Image file -> key, for lines without a ``key`` field; the default reads the image (``image_key``).
 
         Returns:
             How many records were read. Human captions in the store stay as they are.
 
         Raises:
-            StoreError: a line that is not such a record, by its number.
+            StoreError: A line that is not such a record, by its number.
         """
         records = exchange.read_jsonl(Path(path), key)
         self.put_many(records)
@@ -295,9 +272,3 @@ def _ranked(rows: Sequence[tuple[str, float, float | None]], *, keep: bool) -> l
     similarities, places = zip(*known, strict=True) if known else ((), ())
     new = [(key, similarity) for key, similarity, rank in rows if rank is None]
     return [(float(np.interp(similarity, similarities, places)), key) for key, similarity in new]
-
-
-def _chunks(keys: Iterable[str]) -> Iterator[Sequence[str]]:
-    checked = [check_key(key) for key in keys]
-    for start in range(0, len(checked), _CHUNK):
-        yield checked[start : start + _CHUNK]

@@ -1,8 +1,7 @@
 """Where variants live: content-addressed image files with their provenance inside."""
 
 from sgid_transforms.variants.codec import IMAGE_FORMATS
-from sgid_transforms.variants.maintenance import StoreStats, VerifyReport
 from sgid_transforms.variants.provenance import Provenance
-from sgid_transforms.variants.store import Variant, VariantRef, VariantStore
+from sgid_transforms.variants.store import StoreStats, Variant, VariantRef, VariantStore, VerifyReport
 
 __all__ = ["IMAGE_FORMATS", "Provenance", "StoreStats", "Variant", "VariantRef", "VariantStore", "VerifyReport"]

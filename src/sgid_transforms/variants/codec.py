@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sgid_transforms.errors import StoreError
+from sgid_transforms.variants.layout import DamagedFileError
 
 IMAGE_FORMATS = ("auto", "png", "webp-lossless", "webp", "jpeg")
 MAX_PIXELS = 2**26
@@ -29,32 +30,19 @@ _TWO_LONGS = struct.Struct(">II")
 _LONG = struct.Struct(">I")
 
 
-class UndecodableImageError(ValueError):
-    """The bytes are no image that a store could have written; the message says why."""
-
-
-def resolve_format(image_format: str, height: int, width: int) -> str:
-    """The file format behind ``image_format`` for one image size: ``"auto"`` is PNG up to 256 x 256 pixels, JPEG above."""
-    if image_format == "auto":
-        return "png" if height * width <= _LARGEST_AUTO_PNG else "jpeg"
-    if image_format not in _EXTENSION:
-        raise StoreError(f"image format {image_format!r} is unknown; use one of {', '.join(IMAGE_FORMATS)}")
-    return image_format
-
-
 def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]:
     """Encode a uint8 image.
 
     Args:
-        image: uint8 tensor (3, H, W), RGB.
+        image: A uint8 tensor (3, H, W), RGB.
         image_format: ``"png"`` (lossless, not compressed: the fastest to read), ``"webp-lossless"`` (lossless, small),
-            ``"webp"`` (quality 95), ``"jpeg"`` (quality 92, 4:2:0) or ``"auto"``.
+            ``"webp"`` (quality 95), ``"jpeg"`` (quality 92, 4:2:0), or ``"auto"``: PNG up to 256 x 256 pixels, JPEG above.
 
     Returns:
         The file's bytes and its extension.
 
     Raises:
-        StoreError: wrong dtype, shape or format.
+        StoreError: Wrong dtype, shape or format.
     """
     if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         what = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
@@ -63,7 +51,11 @@ def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]
     if not 0 < height * width <= MAX_PIXELS or max(height, width) > 16383:
         raise StoreError(f"a variant of {width} x {height} pixels cannot be stored; 1 x 1 to 8192 x 8192 can")
     pixels = np.ascontiguousarray(image.detach().permute(1, 2, 0).cpu().numpy())
-    kind = resolve_format(image_format, height, width)
+    kind = image_format
+    if kind == "auto":
+        kind = "png" if height * width <= _LARGEST_AUTO_PNG else "jpeg"
+    if kind not in _EXTENSION:
+        raise StoreError(f"image format {kind!r} is unknown; use one of {', '.join(IMAGE_FORMATS)}")
     if kind == "png":
         return _encode_png(pixels), _EXTENSION[kind]
     buffer = io.BytesIO()
@@ -83,7 +75,7 @@ def decode(data: bytes | memoryview) -> Pixels:
     Bytes after the image's own end are ignored.
 
     Raises:
-        UndecodableImageError: not an image of these formats, too many pixels, or damaged.
+        DamagedFileError: Not an image of these formats, too many pixels, or damaged.
     """
     stored = _unpack_stored_png(data)
     if stored is None:
@@ -130,7 +122,7 @@ def _unpack_stored_png(data: bytes | memoryview) -> tuple[bytes, int, int] | Non
         # The length limit keeps a bomb from unpacking; the extra byte shows that there is more than there should be.
         raw = zlib.decompressobj(-15).decompress(memoryview(data)[43:end], size + 1)
     except zlib.error as error:
-        raise UndecodableImageError(f"the PNG data cannot be unpacked ({error})") from None
+        raise DamagedFileError(f"the PNG data cannot be unpacked ({error})") from None
     if len(raw) != size or any(raw[:: 1 + 3 * width]):
         return None
     return raw, height, width
@@ -144,12 +136,12 @@ def _decode_with_pillow(data: bytes | memoryview) -> Image.Image:
                 picture.load()
                 return picture
             return picture.convert("RGB")
-    except UndecodableImageError:
+    except DamagedFileError:
         raise
     except Exception as error:  # Pillow's plug-ins raise almost anything on hostile bytes
-        raise UndecodableImageError(f"the image cannot be decoded ({type(error).__name__})") from None
+        raise DamagedFileError(f"the image cannot be decoded ({type(error).__name__})") from None
 
 
 def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
-        raise UndecodableImageError(f"the header promises {width} x {height} pixels")
+        raise DamagedFileError(f"the header promises {width} x {height} pixels")

@@ -57,7 +57,7 @@ _MAX_VARIANT = 999_999_999
 
 
 class DamagedFileError(ValueError):
-    """A file in the store is not what a store wrote there; the message says what is wrong."""
+    """A file in the store, or the image in it, is not what a store wrote there; the message says what is wrong."""
 
 
 class HasFingerprint(Protocol):
@@ -71,8 +71,9 @@ class HasFingerprint(Protocol):
 
 
 class FileName(NamedTuple):
-    """A file name of the store, taken apart."""
+    """The name of a store's file below its root, taken apart."""
 
+    fingerprint: str
     key: str
     variant: int
     suffix: str
@@ -80,6 +81,14 @@ class FileName(NamedTuple):
     @property
     def is_failure(self) -> bool:
         return self.suffix == FAILURE_SUFFIX
+
+    @property
+    def max_size(self) -> int:
+        return MAX_FAILURE if self.is_failure else MAX_FILE
+
+    @property
+    def stem(self) -> str:
+        return f"{self.fingerprint}/{stem(self.key, self.variant)}"
 
 
 def variant_key(image_key: str, *text: object) -> str:
@@ -103,7 +112,7 @@ def check_fingerprint(recipe: HasFingerprint | str) -> str:
     fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
     if not is_fingerprint(fingerprint):
         raise StoreError(
-            f"fingerprint {_shown(fingerprint)} is not 4 to 64 of a-z, 0-9, - and _; pass a Recipe or its .fingerprint"
+            f"fingerprint {fingerprint!r:.80} is not 4 to 64 of a-z, 0-9, - and _; pass a Recipe or its .fingerprint"
         )
     return fingerprint
 
@@ -122,20 +131,18 @@ def stem(key: str, variant: int) -> str:
     """``<k0k1>/<key>-<variant>``: the path of a variant below its recipe's folder, without the extension."""
     # The two checks run on every look-up of a training: keep them to one regular expression and one comparison.
     if not isinstance(key, str) or _KEY.fullmatch(key) is None:
-        raise StoreError(
-            f"key {_shown(key)} is not 8 to 64 lowercase hex digits; use image_key(image), or a hash of your own id"
-        )
+        raise StoreError(f"key {key!r:.80} is not 8 to 64 lowercase hex digits; use image_key(image), or a hash of your own id")
     if type(variant) is not int or not 0 <= variant <= _MAX_VARIANT:
-        raise StoreError(f"variant {_shown(variant)} is not a whole number from 0 to {_MAX_VARIANT}")
+        raise StoreError(f"variant {variant!r:.80} is not a whole number from 0 to {_MAX_VARIANT}")
     return f"{key[:2]}/{key}-{variant}"
 
 
-def parse(shard: str, name: str) -> FileName | None:
-    """Take a file name apart; ``None`` for a name that no store writes into the folder ``shard``."""
+def parse(fingerprint: str, shard: str, name: str) -> FileName | None:
+    """Take a file's name apart; ``None`` for a name that no store writes into the folder ``fingerprint/shard``."""
     found = _FILE.fullmatch(name)
     if found is None or not name.startswith(shard):
         return None
-    return FileName(found[1], int(found[2]), found[3])
+    return FileName(fingerprint, found[1], int(found[2]), found[3])
 
 
 def pack(image: bytes, provenance: bytes, name: str) -> bytes:
@@ -146,12 +153,11 @@ def pack(image: bytes, provenance: bytes, name: str) -> bytes:
     return body + _digest(body, name)
 
 
-def unpack(data: bytes, name: str) -> tuple[memoryview, int]:
+def unpack(data: bytes, name: str) -> tuple[memoryview, memoryview]:
     """Check a variant file.
 
     Returns:
-        ``data`` without its digest, as a view (a copy would cost as much as reading the file), and the offset at which the
-        image ends and the JSON begins.
+        The image and the JSON, as views of ``data``: a copy would cost as much as reading the file.
 
     Raises:
         DamagedFileError: foreign, cut off, changed, or meant for another name.
@@ -167,12 +173,7 @@ def unpack(data: bytes, name: str) -> tuple[memoryview, int]:
     image_end = len(body) - _TAIL.size - length
     if image_end <= 0:
         raise DamagedFileError("its footer is longer than the file")
-    return body, image_end
-
-
-def provenance_of(body: memoryview, image_end: int) -> bytes:
-    """The JSON part of what ``unpack`` returned."""
-    return bytes(body[image_end : len(body) - _TAIL.size])
+    return body[:image_end], body[image_end : -_TAIL.size]
 
 
 def _digest(body: bytes | memoryview, name: str) -> bytes:
@@ -216,13 +217,8 @@ def unpack_failure(data: bytes) -> tuple[str, ...]:
     """
     try:
         reasons = json.loads(data)["reasons"]
+        if isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons):
+            return tuple(reasons)
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise DamagedFileError("it is no record of a failure") from None
-    if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
-        raise DamagedFileError("it is no record of a failure")
-    return tuple(reasons)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+        pass
+    raise DamagedFileError("it is not a record of a failure")

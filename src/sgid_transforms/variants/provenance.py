@@ -15,23 +15,23 @@ class Provenance:
     """All that led to one variant.
 
     Args:
-        prompt: the text that the model saw, after truncation.
-        negative_prompt: the text that it was steered away from.
-        seed: of the noise, the one of the accepted attempt.
-        strength: share of the noise schedule that was run, in (0, 1].
-        guidance_scale: classifier-free guidance scale.
-        similarity: rank or cosine of the image and its text that the guidance scale came from.
-        label_score: probability of the label as the label filter saw it.
-        image_similarity: cosine of the variant's and the original's image embeddings.
-        model: model id or folder.
-        revision: of the model.
-        sampler: name of the sampler.
-        num_inference_steps: length of the whole schedule.
+        prompt: The text that the model saw, after truncation.
+        negative_prompt: The text that it was steered away from.
+        seed: Of the noise, the one of the accepted attempt.
+        strength: Share of the noise schedule that was run, in (0, 1].
+        guidance_scale: Classifier-free guidance scale.
+        similarity: Rank or cosine of the image and its text that the guidance scale came from.
+        label_score: Probability of the label as the label filter saw it.
+        image_similarity: Cosine of the variant's and the original's image embeddings.
+        model: Model id or folder.
+        revision: Of the model.
+        sampler: Name of the sampler.
+        num_inference_steps: Length of the whole schedule.
         attempt: 0 for the first try, 1 for the first retry after a filter, ...
-        label: name of the class.
-        caption: the caption behind the prompt.
-        versions: package name -> version.
-        extra: anything else that JSON can hold.
+        label: Name of the class.
+        caption: The caption behind the prompt.
+        versions: Package name -> version.
+        extra: Anything else that JSON can hold.
     """
 
     prompt: str
@@ -56,9 +56,10 @@ class Provenance:
         """One line of ASCII JSON, the same for equal provenances.
 
         Raises:
-            StoreError: a number is not finite, or ``extra`` holds what JSON cannot.
+            StoreError: A number is not finite, or ``extra`` holds what JSON cannot.
         """
-        values = {name: _plain(getattr(self, name)) for name in _FIELDS}
+        values = {name: getattr(self, name) for name in _FIELDS}
+        values |= {"versions": dict(self.versions), "extra": dict(self.extra)}
         for name in ("similarity", "label_score", "image_similarity"):  # a score that could not be computed is no score
             if isinstance(values[name], float) and not math.isfinite(values[name]):
                 values[name] = None
@@ -73,7 +74,7 @@ class Provenance:
         """Read what ``to_json`` wrote; fields of later versions are ignored.
 
         Raises:
-            ValueError: not JSON, not an object, or a field of the wrong type.
+            ValueError: Not JSON, not an object, or a field of the wrong type.
         """
         try:
             values = json.loads(text)
@@ -90,26 +91,11 @@ class Provenance:
         return cls(**known)
 
 
-_NUMBER = (int, float)
-_MAYBE_NUMBER = (int, float, type(None))
-_MAYBE_TEXT = (str, type(None))
-_KINDS: dict[str, tuple[type, ...]] = {
-    "similarity": _MAYBE_NUMBER,
-    "label_score": _MAYBE_NUMBER,
-    "image_similarity": _MAYBE_NUMBER,
-    "strength": _NUMBER,
-    "guidance_scale": _NUMBER,
-    "seed": (int,),
-    "num_inference_steps": (int,),
-    "attempt": (int,),
-    "revision": _MAYBE_TEXT,
-    "label": _MAYBE_TEXT,
-    "caption": _MAYBE_TEXT,
-    "versions": (dict,),
-    "extra": (dict,),
+# What isinstance takes for the types that are not plain ones; JSON writes 1.0 as 1 in other languages.
+_IN_JSON: dict[Any, Any] = {
+    float: int | float,
+    float | None: int | float | None,
+    Mapping[str, str]: dict,
+    Mapping[str, Any]: dict,
 }
-_FIELDS: dict[str, tuple[type, ...]] = {item.name: _KINDS.get(item.name, (str,)) for item in dataclasses.fields(Provenance)}
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
+_FIELDS: dict[str, Any] = {item.name: _IN_JSON.get(item.type, item.type) for item in dataclasses.fields(Provenance)}

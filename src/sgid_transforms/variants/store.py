@@ -1,22 +1,27 @@
 """Variants on disk: one ordinary image file each, found by (recipe, key, variant number), safe for many writers."""
 
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 
 from sgid_transforms.errors import StoreError
-from sgid_transforms.variants import codec, layout, maintenance
-from sgid_transforms.variants.folder import StoreFolder
-from sgid_transforms.variants.layout import HasFingerprint
-from sgid_transforms.variants.maintenance import StoreStats, VerifyReport
+from sgid_transforms.variants import codec, layout
+from sgid_transforms.variants.folder import StoreFolder, read
+from sgid_transforms.variants.layout import DamagedFileError, FileName, HasFingerprint
 from sgid_transforms.variants.provenance import Provenance
 
 _Decoded = TypeVar("_Decoded")
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+"""Wraps the files of a store while they are walked through, as ``tqdm`` does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +29,9 @@ class Variant:
     """A stored variant.
 
     Args:
-        image: uint8 tensor (3, H, W), RGB.
-        provenance: how it came about.
-        path: its file.
+        image: A uint8 tensor (3, H, W), RGB.
+        provenance: How it came about.
+        path: Its file.
     """
 
     image: torch.Tensor
@@ -48,6 +53,51 @@ class VariantRef(NamedTuple):
         return layout.image_key_of(self.key)
 
 
+@dataclass(frozen=True)
+class StoreStats:
+    """What lies in a variant store.
+
+    Args:
+        variants: Fingerprint -> number of variants.
+        failures: Fingerprint -> number of remembered failures.
+        bytes: Fingerprint -> bytes of its variants.
+        quarantined: Entries in the quarantine.
+        temporary: Files being written, or left behind by killed writers.
+    """
+
+    variants: dict[str, int]
+    failures: dict[str, int]
+    bytes: dict[str, int]
+    quarantined: int
+    temporary: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check of every file in a store found.
+
+    Args:
+        checked: Variants and failures read.
+        damaged: Those that are cut off, changed, renamed or not decodable.
+        foreign: Entries of the recipes' folders that no store writes.
+        repaired: How many damaged and foreign entries were moved to the quarantine.
+    """
+
+    checked: int
+    damaged: tuple[Path, ...]
+    foreign: tuple[Path, ...]
+    repaired: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether there was nothing to complain of."""
+        return not self.damaged and not self.foreign
+
+
+def _unwrapped(files: Iterable[Any]) -> Iterable[Any]:
+    return files
+
+
 class VariantStore:
     """Variants by (recipe, key, variant number), below one folder that any number of processes may use at once.
 
@@ -58,20 +108,21 @@ class VariantStore:
     Everywhere, ``recipe`` is a recipe or its fingerprint.
 
     Args:
-        root: folder of the store; created with the first variant.
-        readonly: never write, not even to move a damaged file aside.
-        fsync: wait until a variant is on the disk before it counts as stored. Without it a power cut (not a killed
+        root: Folder of the store; created with the first variant. It may be a symbolic link; a link below it is not followed
+            for writing, moving or removing, and a recipe's folder that is one counts as absent.
+        readonly: Never write, not even to move a damaged file aside.
+        fsync: Wait until a variant is on the disk before it counts as stored. Without it a power cut (not a killed
             process) can lose or damage the latest variants; the digest finds the damaged ones, which then are misses.
 
     Raises:
-        StoreError: from every method that gets a fingerprint, key or variant number that no store can hold, or comes upon a
+        StoreError: From every method that gets a fingerprint, key or variant number that no store can hold, or comes upon a
             store of a newer version.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, readonly: bool = False, fsync: bool = True) -> None:
         self._folder = StoreFolder(root, readonly=readonly, fsync=fsync)
-        self._names: dict[str, str] = {}  # fingerprint -> "<fingerprint>/", once checked
-        self._extensions: dict[str, tuple[str, ...]] = {}  # fingerprint -> extensions to try, the one found last first
+        # fingerprint, once checked -> extensions to try, the one found last first; none where its folder is a link
+        self._extensions: dict[str, tuple[str, ...]] = {}
 
     @property
     def root(self) -> Path:
@@ -117,7 +168,7 @@ class VariantStore:
             return None
         pixels, json, path = found
         try:
-            provenance = Provenance.from_json(json)
+            provenance = Provenance.from_json(bytes(json))
         except ValueError as error:  # its digest is right, so another program made it
             self._folder.set_aside(path, f"its provenance cannot be read: {error}")
             return None
@@ -125,13 +176,15 @@ class VariantStore:
 
     def contains(self, recipe: HasFingerprint | str, key: str, variant: int) -> bool:
         """Whether there is a file for this variant; its content is not looked at."""
-        path = self._folder.path(self._name(recipe, key, variant))
-        return any(os.path.lexists(path + extension) for extension in layout.EXTENSIONS)
+        stem, extensions = self._place(recipe, key, variant)
+        return any(os.path.lexists(self._folder.path(stem + extension)) for extension in extensions)
 
     def failure(self, recipe: HasFingerprint | str, key: str, variant: int) -> tuple[str, ...] | None:
         """The reasons why this variant could not be made, as :meth:`put_failure` left them, or ``None``."""
-        path = self._folder.path(self._name(recipe, key, variant) + layout.FAILURE_SUFFIX)
-        return self._folder.load(path, layout.MAX_FAILURE, layout.unpack_failure)
+        stem, extensions = self._place(recipe, key, variant)
+        if not extensions:
+            return None
+        return self._folder.load(self._folder.path(stem + layout.FAILURE_SUFFIX), layout.MAX_FAILURE, layout.unpack_failure)
 
     def may_have_old_keys(self, recipe: HasFingerprint | str) -> bool:
         """Whether an earlier version wrote variants of this recipe here, whose keys name the image alone."""
@@ -141,25 +194,25 @@ class VariantStore:
         """Store a variant, unless somebody was first.
 
         Args:
-            recipe: its ``image_format`` decides on the file format; a mere fingerprint means ``"auto"``.
-            key: of the original image.
-            variant: number of the variant, from 0.
-            image: uint8 tensor (3, H, W), RGB.
-            provenance: kept inside the file.
+            recipe: Its ``image_format`` decides on the file format; a mere fingerprint means ``"auto"``.
+            key: Of the original image.
+            variant: Number of the variant, from 0.
+            image: A uint8 tensor (3, H, W), RGB.
+            provenance: Kept inside the file.
 
         Returns:
             ``False`` if there was such a variant already; the given one is then dropped.
 
         Raises:
-            StoreError: it cannot be written (no space, read-only media, ...), or an argument cannot be stored. No part of
+            StoreError: It cannot be written (no space, read-only media, ...), or an argument cannot be stored. No part of
                 the variant is left behind.
         """
-        name = self._name(recipe, key, variant)
+        stem, _ = self._place(recipe, key, variant)
         self._folder.prepare_to_write()
         if self.contains(recipe, key, variant):
             return False
         encoded, extension = codec.encode(image, "auto" if isinstance(recipe, str) else recipe.image_format)
-        return self._folder.publish(layout.pack(encoded, provenance.to_json().encode("ascii"), name), name + extension)
+        return self._folder.publish(layout.pack(encoded, provenance.to_json().encode("ascii"), stem), stem + extension)
 
     def put_failure(self, recipe: HasFingerprint | str, key: str, variant: int, reasons: Sequence[str]) -> bool:
         """Remember that a variant could not be made, so that it is not tried again in every epoch.
@@ -170,21 +223,38 @@ class VariantStore:
             ``False`` if a failure of this variant was remembered already.
 
         Raises:
-            StoreError: as :meth:`put`.
+            StoreError: As :meth:`put`.
         """
-        name = self._name(recipe, key, variant) + layout.FAILURE_SUFFIX
+        stem, _ = self._place(recipe, key, variant)
         self._folder.prepare_to_write()
-        return self._folder.publish(layout.pack_failure(reasons), name)
+        return self._folder.publish(layout.pack_failure(reasons), stem + layout.FAILURE_SUFFIX)
+
+    def remove(self, refs: Iterable[VariantRef]) -> int:
+        """Remove some variants or failures; returns how many files.
+
+        Args:
+            refs: Those to remove, as :meth:`iter` and :meth:`iter_failures` yield them.
+
+        Raises:
+            StoreError: A ref whose path is not such a file's, or this store cannot be written.
+        """
+        self._folder.prepare_to_write()
+        removed = 0
+        recipes = set()
+        for ref in refs:
+            suffix = ref.path.name.removeprefix(f"{ref.key}-{ref.variant}")
+            if suffix not in (*layout.EXTENSIONS, layout.FAILURE_SUFFIX):
+                raise StoreError(f"{ref.path} is not a file of variant {ref.variant} of {ref.key}; pass what iter() yields")
+            stem, _ = self._place(ref.fingerprint, ref.key, ref.variant)
+            removed += self._folder.remove(self._folder.path(stem + suffix))
+            recipes.add(ref.fingerprint)
+        for fingerprint in recipes:
+            self._folder.remove_empty_folders(fingerprint)
+        return removed
 
     def forget_failures(self, recipe: HasFingerprint | str | None = None) -> int:
         """Forget the remembered failures of one recipe, or of all, so that they are tried again; returns how many."""
-        self._folder.prepare_to_write()
-        forgotten = 0
-        for _, path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
-            if name is not None and name.is_failure:
-                self._folder.remove(path)
-                forgotten += 1
-        return forgotten
+        return self.remove(self.iter_failures(recipe))
 
     def count(self, recipe: HasFingerprint | str | None = None) -> int:
         """How many variants there are, of one recipe or of all; failures are not counted."""
@@ -192,48 +262,52 @@ class VariantStore:
 
     def iter(self, recipe: HasFingerprint | str | None = None) -> Iterator[VariantRef]:
         """All variants of one recipe, or of all, in no particular order; their content is not looked at."""
-        self._folder.check_version()
-        for fingerprint, path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
-            if name is not None and not name.is_failure:
-                yield VariantRef(fingerprint, name.key, name.variant, Path(path))
+        return (ref for ref, is_failure in self._refs(recipe) if not is_failure)
 
     def iter_failures(self, recipe: HasFingerprint | str | None = None) -> Iterator[VariantRef]:
         """All remembered failures of one recipe, or of all, in no particular order; :meth:`failure` has their reasons."""
-        self._folder.check_version()
-        for fingerprint, path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
-            if name is not None and name.is_failure:
-                yield VariantRef(fingerprint, name.key, name.variant, Path(path))
+        return (ref for ref, is_failure in self._refs(recipe) if is_failure)
 
     def stats(self) -> StoreStats:
         """Counts and sizes, by walking the whole store."""
-        self._folder.check_version()
-        return maintenance.stats(self._folder)
+        variants, failures, sizes = Counter[str](), Counter[str](), Counter[str]()
+        for ref, is_failure in self._refs():
+            (failures if is_failure else variants)[ref.fingerprint] += 1
+            if not is_failure:
+                with contextlib.suppress(OSError):
+                    sizes[ref.fingerprint] += os.lstat(ref.path).st_size
+        quarantined, temporary = map(self._folder.count_entries, (layout.QUARANTINE, layout.TEMPORARY))
+        return StoreStats(dict(variants), dict(failures), dict(sizes), quarantined, temporary)
 
-    def verify(self, repair: bool = False, *, progress: maintenance.Progress = maintenance.no_progress) -> VerifyReport:
+    def verify(self, repair: bool = False, *, progress: Progress = _unwrapped) -> VerifyReport:
         """Read and decode every file.
 
         Args:
-            repair: move damaged and foreign entries to the quarantine, and remove orphaned temporary files.
-            progress: wraps the files while they are walked through, as ``tqdm`` does.
+            repair: Move damaged and foreign entries to the quarantine, and remove orphaned temporary files.
+            progress: Wraps the files while they are walked through, as ``tqdm`` does.
         """
         self._folder.check_version()
         if repair:
             self._folder.prepare_to_write()
             self.sweep()
-        return maintenance.verify(self._folder, repair=repair, progress=progress)
+        checked = repaired = 0
+        damaged: list[Path] = []
+        foreign: list[Path] = []
+        for path, name in progress(self._folder.walk()):
+            problem = "its name is none that a store gives" if name is None else _problem(path, name)
+            checked += name is not None
+            if problem is not None:
+                (foreign if name is None else damaged).append(Path(path))
+                repaired += repair and self._folder.set_aside(path, problem) == "moved"
+        return VerifyReport(checked, tuple(damaged), tuple(foreign), repaired)
 
-    def prune(
-        self,
-        keep: HasFingerprint | str | Iterable[HasFingerprint | str],
-        *,
-        progress: maintenance.Progress = maintenance.no_progress,
-    ) -> int:
+    def prune(self, keep: HasFingerprint | str | Iterable[HasFingerprint | str], *, progress: Progress = _unwrapped) -> int:
         """Remove the variants and failures of all recipes but the one or those to keep; returns how many files.
 
         Only files that a store writes are removed; whatever else lies there stays, with its folder.
 
         Raises:
-            StoreError: there is nothing to keep, or this store cannot be written.
+            StoreError: There is nothing to keep, or this store cannot be written.
         """
         recipes = [keep] if isinstance(keep, str) or not isinstance(keep, Iterable) else keep
         kept = {layout.check_fingerprint(recipe) for recipe in recipes}
@@ -241,8 +315,11 @@ class VariantStore:
             raise StoreError(
                 f"prune was given no recipe to keep, so that all of {self.root} would go; delete the folder for that"
             )
-        self._folder.prepare_to_write()
-        return maintenance.prune(self._folder, kept, progress)
+        others = [fingerprint for fingerprint in self._folder.fingerprints() if fingerprint not in kept]
+        removed = self.remove(progress(ref for fingerprint in others for ref, _ in self._refs(fingerprint)))
+        for fingerprint in others:
+            self._folder.remove_empty_folders(fingerprint)
+        return removed
 
     def merge(self, other: "VariantStore | str | os.PathLike[str]") -> int:
         """Copy the variants and failures of another store that this one lacks; returns how many files.
@@ -251,56 +328,100 @@ class VariantStore:
         tool that does not overwrite, does the same without a check: later reads make up for that.
 
         Raises:
-            StoreError: there is no such store, or this one cannot be written.
+            StoreError: There is no such store, or this one cannot be written.
         """
         source = StoreFolder(other.root if isinstance(other, VariantStore) else other, readonly=True, fsync=False)
         if not source.root.is_dir():
             raise StoreError(f"there is no variant store at {source.root} to merge; check the path")
         source.check_version()
         self._folder.prepare_to_write()
-        return maintenance.merge(self._folder, source)
+        copied = 0
+        for path, name in source.walk():
+            if name is None:
+                continue
+            suffixes = (name.suffix,) if name.is_failure else layout.EXTENSIONS
+            if any(os.path.lexists(self._folder.path(name.stem + suffix)) for suffix in suffixes):
+                continue
+            data = source.load(path, name.max_size, partial(_checked, name))
+            if data is not None:
+                copied += self._folder.publish(data, name.stem + name.suffix)
+        return copied
 
     def sweep(self, max_age: float = layout.ORPHAN_AGE) -> int:
         """Remove the temporary files of killed writers; every process does so before its first write.
 
         Args:
-            max_age: seconds after which a file of another host counts as left behind, too.
+            max_age: Seconds after which a file of another host counts as left behind, too.
 
         Returns:
             How many were removed.
         """
         return self._folder.sweep(max_age)
 
-    def _name(self, recipe: HasFingerprint | str, key: str, variant: int) -> str:
+    def _refs(self, recipe: HasFingerprint | str | None = None) -> Iterator[tuple[VariantRef, bool]]:
+        """All that a store wrote, and whether it is a failure."""
+        self._folder.check_version()
+        for path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
+            if name is not None:
+                yield VariantRef(name.fingerprint, name.key, name.variant, Path(path)), name.is_failure
+
+    def _place(self, recipe: HasFingerprint | str, key: str, variant: int) -> tuple[str, tuple[str, ...]]:
+        """The name of a variant's file without its extension, and the extensions to look for."""
         fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
-        folder = self._names.get(fingerprint)
-        if folder is None:
-            folder = f"{layout.check_fingerprint(fingerprint)}/"
+        extensions = self._extensions.get(fingerprint)
+        if extensions is None:
+            path = self._folder.path(layout.check_fingerprint(fingerprint))
             self._folder.check_version()
-            self._names[fingerprint] = folder
-        return folder + layout.stem(key, variant)
+            extensions = self._extensions[fingerprint] = () if os.path.islink(path) else layout.EXTENSIONS
+        return f"{fingerprint}/{layout.stem(key, variant)}", extensions
 
     def _find(
         self, recipe: HasFingerprint | str, key: str, variant: int, decode: Callable[[memoryview], _Decoded]
-    ) -> tuple[_Decoded, bytes, str] | None:
+    ) -> tuple[_Decoded, memoryview, str] | None:
         """Decoded image, provenance JSON and path of a variant."""
-        name = self._name(recipe, key, variant)
-        fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
-        extensions = self._extensions.get(fingerprint, layout.EXTENSIONS)
+        stem, extensions = self._place(recipe, key, variant)
 
-        def parse(data: bytes) -> tuple[_Decoded, bytes]:
-            body, image_end = layout.unpack(data, name)
-            return decode(body[:image_end]), layout.provenance_of(body, image_end)
+        def parse(data: bytes) -> tuple[_Decoded, memoryview]:
+            image, json = layout.unpack(data, stem)
+            return decode(image), json
 
         for extension in extensions:
-            path = self._folder.path(name + extension)
+            path = self._folder.path(stem + extension)
             found = self._folder.load(path, layout.MAX_FILE, parse)
             if found is not None:
                 if extension is not extensions[0]:  # a recipe makes one format, mostly: try it first from now on
-                    self._extensions[fingerprint] = (extension, *(other for other in extensions if other != extension))
+                    others = (other for other in extensions if other != extension)
+                    self._extensions[stem.partition("/")[0]] = (extension, *others)
                 return *found, path
         return None
 
 
 def _tensor(pixels: codec.Pixels) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _checked(name: FileName, data: bytes) -> bytes:
+    """``data``, after a full check of it."""
+    if name.is_failure:
+        layout.unpack_failure(data)
+        return data
+    image, json = layout.unpack(data, name.stem)
+    codec.decode(image)
+    try:
+        Provenance.from_json(bytes(json))
+    except ValueError as error:
+        raise DamagedFileError(f"its provenance cannot be read: {error}") from None
+    return data
+
+
+def _problem(path: str, name: FileName) -> str | None:
+    """What is wrong with one file, or ``None``."""
+    try:
+        _checked(name, read(path, name.max_size)[0])
+    except FileNotFoundError:  # removed meanwhile
+        return None
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except DamagedFileError as error:
+        return str(error)
+    return None
