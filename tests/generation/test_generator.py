@@ -140,7 +140,7 @@ def test_a_variant_depends_neither_on_its_batch_nor_on_the_retries_of_others() -
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("models")
     tiny_models.tiny().save_pretrained(folder / "native")
-    tiny_families.flux().save_pretrained(folder / "flux")
+    tiny_families.FAMILIES["flux"]().save_pretrained(folder / "flux")
     tiny_text.clip_model().save_pretrained(folder / "clip")
     tiny_text.clip_processor().save_pretrained(folder / "clip")
     return {name: str(folder / name) for name in ("native", "flux", "clip")}
@@ -266,7 +266,7 @@ def test_the_safety_checker_of_a_native_pipeline(flags: bool, reject: bool, reas
 @pytest.mark.parametrize(("reject", "reason"), [(True, "nsfw"), (False, None)])
 def test_the_safety_checker_of_another_pipeline(reject: bool, reason: str | None) -> None:
     """Its own call blackens what it flags: without the filter, the image must come back as it is."""
-    pipeline = tiny_families.stable_diffusion_pag()
+    pipeline = tiny_families.FAMILIES["stable-diffusion-pag"]()
     pipeline.register_modules(safety_checker=tiny_text.safety_checker(flags=True))
     pipeline.register_modules(feature_extractor=tiny_text.clip_image_processor())
     chosen = recipe("x", revision="mine", filters=Filters(reject_nsfw=reject, max_retries=0))
@@ -274,7 +274,7 @@ def test_the_safety_checker_of_another_pipeline(reject: bool, reason: str | None
     assert [result.reason for result in results] == [reason, reason]
 
 
-NATIVE_AND_ADAPTER = pytest.mark.parametrize("family", [tiny_models.sd1, tiny_families.stable_diffusion_pag])
+NATIVE_AND_ADAPTER = pytest.mark.parametrize("family", [tiny_models.sd1, tiny_families.FAMILIES["stable-diffusion-pag"]])
 
 
 @NATIVE_AND_ADAPTER

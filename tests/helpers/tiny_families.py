@@ -10,17 +10,18 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
 
+import tiny_models
 import tiny_text as text
+from tiny_models import XL_CONDITION
 from tiny_text import WIDTH
 
 
 def _vae(channels: int = 4, *, blocks: int = 1, **options: Any) -> Any:
-    from diffusers import AutoencoderKL
-
     torch.manual_seed(0)
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         block_out_channels=(8,) * blocks,
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -37,41 +38,12 @@ def _flow_vae(channels: int) -> Any:
 
 
 def _unet(cross: int = WIDTH, **options: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "sample_size": 16,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": cross,
-        "attention_head_dim": 2,
-        "norm_num_groups": 2,
-    }
-    return UNet2DConditionModel(**settings | options).eval()
-
-
-XL_CONDITION: dict[str, Any] = {
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    # six time ids (two sizes and a crop) of 8 each, and the second encoder's pooled embedding
-    "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
-}
-
-
-def _ddim() -> Any:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    small: dict[str, Any] = {"block_out_channels": (8, 16), "attention_head_dim": 2, "norm_num_groups": 2}
+    return tiny_models.unet(cross, **small | options)
 
 
 def _flow() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler()
+    return diffusers.FlowMatchEulerDiscreteScheduler()
 
 
 def _sd_parts(**unet: Any) -> dict[str, Any]:
@@ -80,7 +52,7 @@ def _sd_parts(**unet: Any) -> dict[str, Any]:
         "text_encoder": text.clip_text_encoder(),
         "tokenizer": text.clip_tokenizer(),
         "unet": _unet(**unet),
-        "scheduler": _ddim(),
+        "scheduler": tiny_models.ddim(),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
@@ -95,13 +67,16 @@ def _xl_parts() -> dict[str, Any]:
         "text_encoder_2": text.clip_text_encoder(projection=True),
         "tokenizer_2": text.clip_tokenizer(),
         "unet": _unet(2 * WIDTH, **XL_CONDITION),
-        "scheduler": _ddim(),
+        "scheduler": tiny_models.ddim(),
+        "add_watermarker": False,
     }
 
 
-def _controlnet(cross: int, *, union: bool = False, **options: Any) -> Any:
-    from diffusers import ControlNetModel, ControlNetUnionModel
+def _xl_controlnet(*, union: bool = False) -> Any:
+    return _controlnet(2 * WIDTH, union=union, **XL_CONDITION)
 
+
+def _controlnet(cross: int, *, union: bool = False, **options: Any) -> Any:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "block_out_channels": (8, 16),
@@ -120,55 +95,12 @@ def _controlnet(cross: int, *, union: bool = False, **options: Any) -> Any:
             "num_trans_layer": 1,
             "num_proj_channel": 8,
         }
-    return (ControlNetUnionModel if union else ControlNetModel)(**settings | options).eval()
-
-
-def stable_diffusion_pag() -> Any:
-    from diffusers import StableDiffusionPAGImg2ImgPipeline
-
-    return StableDiffusionPAGImg2ImgPipeline(**_sd_parts(), pag_applied_layers="mid")
-
-
-def stable_diffusion_xl_pag() -> Any:
-    from diffusers import StableDiffusionXLPAGImg2ImgPipeline
-
-    return StableDiffusionXLPAGImg2ImgPipeline(**_xl_parts(), pag_applied_layers="mid", add_watermarker=False)
-
-
-def stable_diffusion_controlnet() -> Any:
-    from diffusers import StableDiffusionControlNetImg2ImgPipeline
-
-    return StableDiffusionControlNetImg2ImgPipeline(**_sd_parts(), controlnet=_controlnet(WIDTH))
-
-
-def stable_diffusion_xl_controlnet() -> Any:
-    from diffusers import StableDiffusionXLControlNetImg2ImgPipeline
-
-    control = _controlnet(2 * WIDTH, **XL_CONDITION)
-    return StableDiffusionXLControlNetImg2ImgPipeline(**_xl_parts(), controlnet=control, add_watermarker=False)
-
-
-def stable_diffusion_xl_controlnet_pag() -> Any:
-    from diffusers import StableDiffusionXLControlNetPAGImg2ImgPipeline
-
-    control = _controlnet(2 * WIDTH, **XL_CONDITION)
-    return StableDiffusionXLControlNetPAGImg2ImgPipeline(
-        **_xl_parts(), controlnet=control, pag_applied_layers="mid", add_watermarker=False
-    )
-
-
-def stable_diffusion_xl_controlnet_union() -> Any:
-    from diffusers import StableDiffusionXLControlNetUnionImg2ImgPipeline
-
-    control = _controlnet(2 * WIDTH, union=True, **XL_CONDITION)
-    return StableDiffusionXLControlNetUnionImg2ImgPipeline(**_xl_parts(), controlnet=control, add_watermarker=False)
+    return (diffusers.ControlNetUnionModel if union else diffusers.ControlNetModel)(**settings | options).eval()
 
 
 def _sd3_parts() -> dict[str, Any]:
-    from diffusers import SD3Transformer2DModel
-
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
         in_channels=4,
@@ -193,21 +125,7 @@ def _sd3_parts() -> dict[str, Any]:
     }
 
 
-def stable_diffusion_3() -> Any:
-    from diffusers import StableDiffusion3Img2ImgPipeline
-
-    return StableDiffusion3Img2ImgPipeline(**_sd3_parts())
-
-
-def stable_diffusion_3_pag() -> Any:
-    from diffusers import StableDiffusion3PAGImg2ImgPipeline
-
-    return StableDiffusion3PAGImg2ImgPipeline(**_sd3_parts(), pag_applied_layers="blocks.0")
-
-
 def deepfloyd_if() -> Any:
-    from diffusers import DDPMScheduler, IFImg2ImgPipeline
-
     unet = _unet(
         sample_size=32,
         in_channels=3,
@@ -225,8 +143,8 @@ def deepfloyd_if() -> Any:
         resnet_time_scale_shift="scale_shift",
         act_fn="gelu",
     )
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True)
-    return IFImg2ImgPipeline(
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True)
+    return diffusers.IFImg2ImgPipeline(
         tokenizer=text.t5_tokenizer(77),
         text_encoder=text.t5_text_encoder(),
         unet=unet,
@@ -239,10 +157,8 @@ def deepfloyd_if() -> Any:
 
 
 def _movq() -> Any:
-    from diffusers import VQModel
-
     torch.manual_seed(0)
-    return VQModel(
+    return diffusers.VQModel(
         block_out_channels=(32, 32),  # spatial norms have 32 groups
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
@@ -256,17 +172,17 @@ def _movq() -> Any:
 
 
 def _kandinsky_prior() -> dict[str, Any]:
-    from diffusers import PriorTransformer, UnCLIPScheduler
-
     torch.manual_seed(0)
-    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=8, embedding_dim=WIDTH, num_layers=1)
+    prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=8, embedding_dim=WIDTH, num_layers=1)
     prior.clip_std.data.fill_(1.0)  # zero by default, which would make every image embedding zero
     return {
         "prior_prior": prior.eval(),
         "prior_image_encoder": text.clip_vision_encoder(),
         "prior_text_encoder": text.clip_text_encoder(projection=True),
         "prior_tokenizer": text.clip_tokenizer(),
-        "prior_scheduler": UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0),
+        "prior_scheduler": diffusers.UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0
+        ),
         "prior_image_processor": text.clip_image_processor(),
     }
 
@@ -289,10 +205,8 @@ def _kandinsky_unet(condition: str) -> Any:
 
 
 def kandinsky() -> Any:
-    from diffusers import DDIMScheduler, KandinskyImg2ImgCombinedPipeline
-
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False)
-    return KandinskyImg2ImgCombinedPipeline(
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False)
+    return diffusers.KandinskyImg2ImgCombinedPipeline(
         text_encoder=text.multilingual_clip(),
         tokenizer=text.xlm_roberta_tokenizer(),
         unet=_kandinsky_unet("text_image"),
@@ -303,19 +217,15 @@ def kandinsky() -> Any:
 
 
 def kandinsky22() -> Any:
-    from diffusers import DDPMScheduler, KandinskyV22Img2ImgCombinedPipeline
-
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False)
-    return KandinskyV22Img2ImgCombinedPipeline(
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    return diffusers.KandinskyV22Img2ImgCombinedPipeline(
         unet=_kandinsky_unet("image"), scheduler=scheduler, movq=_movq(), **_kandinsky_prior()
     )
 
 
 def kandinsky3() -> Any:
-    from diffusers import DDPMScheduler, Kandinsky3Img2ImgPipeline, Kandinsky3UNet
-
     torch.manual_seed(0)
-    unet = Kandinsky3UNet(
+    unet = diffusers.Kandinsky3UNet(
         in_channels=4,
         time_embedding_dim=4,
         groups=2,
@@ -325,11 +235,11 @@ def kandinsky3() -> Any:
         cross_attention_dim=4,
         encoder_hid_dim=WIDTH,
     )
-    return Kandinsky3Img2ImgPipeline(
+    return diffusers.Kandinsky3Img2ImgPipeline(
         tokenizer=text.t5_tokenizer(128),
         text_encoder=text.t5_text_encoder(),
         unet=unet.eval(),
-        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", steps_offset=1),
+        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", steps_offset=1),
         movq=_movq(),
     )
 
@@ -348,8 +258,6 @@ FLUX_SHAPE: dict[str, Any] = {
 
 
 def _flux_parts(**options: Any) -> dict[str, Any]:
-    from diffusers import FluxTransformer2DModel
-
     torch.manual_seed(0)
     return {
         "scheduler": _flow(),
@@ -358,44 +266,20 @@ def _flux_parts(**options: Any) -> dict[str, Any]:
         "tokenizer": text.clip_tokenizer(),
         "text_encoder_2": text.t5_text_encoder(),
         "tokenizer_2": text.t5_tokenizer(),
-        "transformer": FluxTransformer2DModel(**FLUX_SHAPE | {"guidance_embeds": True} | options).eval(),
+        "transformer": diffusers.FluxTransformer2DModel(**FLUX_SHAPE | {"guidance_embeds": True} | options).eval(),
     }
 
 
-def flux() -> Any:
-    from diffusers import FluxImg2ImgPipeline
-
-    return FluxImg2ImgPipeline(**_flux_parts())
-
-
 def flux_controlnet() -> Any:
-    from diffusers import FluxControlNetImg2ImgPipeline, FluxControlNetModel
-
-    parts = _flux_parts()
     with warnings.catch_warnings():  # diffusers' own use of a name that it has moved
         warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
-        control = FluxControlNetModel(**FLUX_SHAPE, guidance_embeds=True)
-    return FluxControlNetImg2ImgPipeline(**parts, controlnet=control.eval())
+        control = diffusers.FluxControlNetModel(**FLUX_SHAPE, guidance_embeds=True)
+    return diffusers.FluxControlNetImg2ImgPipeline(**_flux_parts(), controlnet=control.eval())
 
 
-def flux_control() -> Any:
-    from diffusers import FluxControlImg2ImgPipeline
-
-    # the control image's latents are concatenated to the input's channels
-    return FluxControlImg2ImgPipeline(**_flux_parts(in_channels=32, out_channels=16))
-
-
-def flux_kontext() -> Any:
-    from diffusers import FluxKontextPipeline
-
-    return FluxKontextPipeline(**_flux_parts())
-
-
-def _flux2_parts() -> dict[str, Any]:
-    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-
+def _flux2_parts(guidance: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    vae = AutoencoderKLFlux2(
+    vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(8,),
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),
@@ -406,12 +290,7 @@ def _flux2_parts() -> dict[str, Any]:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    return {"scheduler": _flow(), "vae": vae.eval(), "transformer_class": Flux2Transformer2DModel}
-
-
-def _flux2(guidance: bool) -> dict[str, Any]:
-    parts = _flux2_parts()
-    parts["transformer"] = parts.pop("transformer_class")(
+    transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=8,
         num_layers=1,
@@ -422,28 +301,13 @@ def _flux2(guidance: bool) -> dict[str, Any]:
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=guidance,
-    ).eval()
-    return parts
-
-
-def flux2() -> Any:
-    from diffusers import Flux2Pipeline
-
-    return Flux2Pipeline(**_flux2(True), text_encoder=text.mistral_text_encoder(), tokenizer=text.mistral_tokenizer())
-
-
-def flux2_klein() -> Any:
-    from diffusers import Flux2KleinPipeline
-
-    encoder = text.qwen3_text_encoder(causal=True)
-    return Flux2KleinPipeline(**_flux2(False), text_encoder=encoder, tokenizer=text.qwen_tokenizer())
+    )
+    return {"scheduler": _flow(), "vae": vae.eval(), "transformer": transformer.eval()}
 
 
 def _qwen_parts(levels: int = 2, base_dim: int = 8) -> dict[str, Any]:
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-
     torch.manual_seed(0)
-    transformer = QwenImageTransformer2DModel(
+    transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
@@ -453,7 +317,7 @@ def _qwen_parts(levels: int = 2, base_dim: int = 8) -> dict[str, Any]:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(8, 4, 4),
     )
-    vae = AutoencoderKLQwenImage(
+    vae = diffusers.AutoencoderKLQwenImage(
         base_dim=base_dim,
         z_dim=4,
         dim_mult=[1] * (levels + 1),
@@ -471,30 +335,9 @@ def _qwen_parts(levels: int = 2, base_dim: int = 8) -> dict[str, Any]:
     }
 
 
-def qwenimage() -> Any:
-    from diffusers import QwenImageImg2ImgPipeline
-
-    return QwenImageImg2ImgPipeline(**_qwen_parts())
-
-
-def qwenimage_edit() -> Any:
-    from diffusers import QwenImageEditPipeline
-
-    # The pipeline scales its input to a megapixel whatever the output's size is: five levels keep the sequence short.
-    return QwenImageEditPipeline(**_qwen_parts(5, 4), processor=text.qwen_vl_processor())
-
-
-def qwenimage_edit_plus() -> Any:
-    from diffusers import QwenImageEditPlusPipeline
-
-    return QwenImageEditPlusPipeline(**_qwen_parts(5, 4), processor=text.qwen_vl_processor())
-
-
 def z_image() -> Any:
-    from diffusers import ZImageImg2ImgPipeline, ZImageTransformer2DModel
-
     torch.manual_seed(0)
-    transformer = ZImageTransformer2DModel(
+    transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
         in_channels=4,
@@ -507,7 +350,7 @@ def z_image() -> Any:
         axes_dims=[8, 4, 4],
         axes_lens=[640, 32, 32],
     )
-    return ZImageImg2ImgPipeline(
+    return diffusers.ZImageImg2ImgPipeline(
         scheduler=_flow(),
         vae=_flow_vae(4),
         text_encoder=text.qwen3_text_encoder(causal=False),
@@ -517,26 +360,42 @@ def z_image() -> Any:
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "stable-diffusion-3": stable_diffusion_3,
-    "stable-diffusion-3-pag": stable_diffusion_3_pag,
+    "stable-diffusion-3": lambda: diffusers.StableDiffusion3Img2ImgPipeline(**_sd3_parts()),
+    "stable-diffusion-3-pag": lambda: diffusers.StableDiffusion3PAGImg2ImgPipeline(
+        **_sd3_parts(), pag_applied_layers="blocks.0"
+    ),
     "if": deepfloyd_if,
     "kandinsky": kandinsky,
     "kandinsky22": kandinsky22,
     "kandinsky3": kandinsky3,
-    "stable-diffusion-controlnet": stable_diffusion_controlnet,
-    "stable-diffusion-pag": stable_diffusion_pag,
-    "stable-diffusion-xl-controlnet": stable_diffusion_xl_controlnet,
-    "stable-diffusion-xl-controlnet-union": stable_diffusion_xl_controlnet_union,
-    "stable-diffusion-xl-pag": stable_diffusion_xl_pag,
-    "stable-diffusion-xl-controlnet-pag": stable_diffusion_xl_controlnet_pag,
-    "flux": flux,
+    "stable-diffusion-controlnet": lambda: diffusers.StableDiffusionControlNetImg2ImgPipeline(
+        **_sd_parts(), controlnet=_controlnet(WIDTH)
+    ),
+    "stable-diffusion-pag": lambda: diffusers.StableDiffusionPAGImg2ImgPipeline(**_sd_parts(), pag_applied_layers="mid"),
+    "stable-diffusion-xl-controlnet": lambda: diffusers.StableDiffusionXLControlNetImg2ImgPipeline(
+        **_xl_parts(), controlnet=_xl_controlnet()
+    ),
+    "stable-diffusion-xl-controlnet-union": lambda: diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline(
+        **_xl_parts(), controlnet=_xl_controlnet(union=True)
+    ),
+    "stable-diffusion-xl-pag": lambda: diffusers.StableDiffusionXLPAGImg2ImgPipeline(**_xl_parts(), pag_applied_layers="mid"),
+    "stable-diffusion-xl-controlnet-pag": lambda: diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline(
+        **_xl_parts(), controlnet=_xl_controlnet(), pag_applied_layers="mid"
+    ),
+    "flux": lambda: diffusers.FluxImg2ImgPipeline(**_flux_parts()),
     "flux-controlnet": flux_controlnet,
-    "flux-control": flux_control,
-    "flux-kontext": flux_kontext,
-    "flux2": flux2,
-    "flux2-klein": flux2_klein,
-    "qwenimage": qwenimage,
-    "qwenimage-edit": qwenimage_edit,
-    "qwenimage-edit-plus": qwenimage_edit_plus,
+    # the control image's latents are concatenated to the input's channels
+    "flux-control": lambda: diffusers.FluxControlImg2ImgPipeline(**_flux_parts(in_channels=32, out_channels=16)),
+    "flux-kontext": lambda: diffusers.FluxKontextPipeline(**_flux_parts()),
+    "flux2": lambda: diffusers.Flux2Pipeline(
+        **_flux2_parts(True), text_encoder=text.mistral_text_encoder(), tokenizer=text.mistral_tokenizer()
+    ),
+    "flux2-klein": lambda: diffusers.Flux2KleinPipeline(
+        **_flux2_parts(False), text_encoder=text.qwen3_text_encoder(causal=True), tokenizer=text.qwen_tokenizer()
+    ),
+    "qwenimage": lambda: diffusers.QwenImageImg2ImgPipeline(**_qwen_parts()),
+    # These two scale their input to a megapixel whatever the output's size is: five levels keep the sequence short.
+    "qwenimage-edit": lambda: diffusers.QwenImageEditPipeline(**_qwen_parts(5, 4), processor=text.qwen_vl_processor()),
+    "qwenimage-edit-plus": lambda: diffusers.QwenImageEditPlusPipeline(**_qwen_parts(5, 4), processor=text.qwen_vl_processor()),
     "z-image": z_image,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 
@@ -18,15 +19,21 @@ from tiny_text import WIDTH
 
 SIZE = 32
 
+XL_CONDITION: dict[str, Any] = {
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    # six time ids (two sizes and a crop) of 8 each, and the second encoder's pooled embedding
+    "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+}
+
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def kl_vae() -> Any:
     """A variational autoencoder at half resolution: 32 x 32 pixels are 16 x 16 latents."""
-    from diffusers import AutoencoderKL
-
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -43,10 +50,8 @@ def kl_vae() -> Any:
 
 def tiny_vae() -> Any:
     """A deterministic autoencoder of 12 channels at half resolution, as the bundled model has it."""
-    from diffusers import AutoencoderTiny
-
     torch.manual_seed(0)
-    return AutoencoderTiny(
+    return diffusers.AutoencoderTiny(
         latent_channels=12,
         encoder_block_out_channels=(16, 16),
         decoder_block_out_channels=(16, 16),
@@ -58,8 +63,6 @@ def tiny_vae() -> Any:
 
 
 def unet(cross: int = WIDTH, **options: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "block_out_channels": (16, 32),
@@ -71,7 +74,7 @@ def unet(cross: int = WIDTH, **options: Any) -> Any:
         "attention_head_dim": 4,
         "norm_num_groups": 8,
     }
-    model = UNet2DConditionModel(**settings | options).eval()
+    model = diffusers.UNet2DConditionModel(**settings | options).eval()
     model.conv_out.weight.data *= 3
     for name, weight in model.named_parameters():  # let the text be heard
         if "attn2.to_out" in name or "attn2.to_v" in name:
@@ -80,14 +83,10 @@ def unet(cross: int = WIDTH, **options: Any) -> Any:
 
 
 def ddim(**options: Any) -> Any:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(**SD_BETAS | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} | options)
+    return diffusers.DDIMScheduler(**SD_BETAS | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} | options)
 
 
 def _sd(model: Any, scheduler: Any, vae: Any = None, cls: str = "StableDiffusionImg2ImgPipeline") -> Any:
-    import diffusers
-
     extra = {"image_encoder": None} if cls.startswith("LatentConsistency") else {}
     pipeline = getattr(diffusers, cls)(
         vae=kl_vae() if vae is None else vae,
@@ -129,22 +128,13 @@ def tiny() -> Any:
 
 def sdxl(*, zeros: bool = True) -> Any:
     """Stable Diffusion XL's base model: two text encoders, pooled embedding and size conditions."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline
-
-    # six numbers (two sizes and a crop) of 8 dimensions each, and the pooled embedding
-    condition = {
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
-    }
-    pipeline = StableDiffusionXLImg2ImgPipeline(
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
         vae=kl_vae(),
         text_encoder=text.clip_text_encoder(),
         tokenizer=text.clip_tokenizer(),
         text_encoder_2=text.clip_text_encoder(projection=True),
         tokenizer_2=text.clip_tokenizer(),
-        unet=unet(2 * WIDTH, **condition),
+        unet=unet(2 * WIDTH, **XL_CONDITION),
         scheduler=ddim(),
         force_zeros_for_empty_prompt=zeros,
         add_watermarker=False,
@@ -155,16 +145,12 @@ def sdxl(*, zeros: bool = True) -> Any:
 
 def lcm() -> Any:
     """A latent consistency model: the guidance scale is an input of the UNet."""
-    from diffusers import LCMScheduler
-
-    return _sd(unet(time_cond_proj_dim=16), LCMScheduler(**SD_BETAS), cls="LatentConsistencyModelImg2ImgPipeline")
+    return _sd(unet(time_cond_proj_dim=16), diffusers.LCMScheduler(**SD_BETAS), cls="LatentConsistencyModelImg2ImgPipeline")
 
 
 def lcm_lora() -> Any:
     """An ordinary pipeline that was given LCM's scheduler, as the LCM-LoRA recipe does."""
-    from diffusers import LCMScheduler
-
-    return _sd(unet(), LCMScheduler(**SD_BETAS, steps_offset=1))
+    return _sd(unet(), diffusers.LCMScheduler(**SD_BETAS, steps_offset=1))
 
 
 NATIVE: dict[str, Callable[[], Any]] = {

@@ -10,6 +10,7 @@ import string
 from typing import Any
 
 import torch
+import transformers
 
 WIDTH = 16
 LETTERS = string.ascii_lowercase + string.digits + ",.-' !"
@@ -17,16 +18,14 @@ LETTERS = string.ascii_lowercase + string.digits + ",.-' !"
 
 def clip_tokenizer(max_length: int = 77) -> Any:
     """A CLIP tokenizer over single characters."""
-    from transformers import CLIPTokenizer
-
     tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=max_length)
+    return transformers.CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=max_length
+    )
 
 
 def clip_text_config(width: int = WIDTH, layers: int = 2, max_length: int = 77) -> Any:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
+    return transformers.CLIPTextConfig(
         vocab_size=len(clip_tokenizer()),
         hidden_size=width,
         intermediate_size=width,
@@ -41,23 +40,19 @@ def clip_text_config(width: int = WIDTH, layers: int = 2, max_length: int = 77) 
 
 
 def clip_text_encoder(width: int = WIDTH, *, projection: bool = False) -> Any:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
     torch.manual_seed(0)
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(clip_text_config(width)).eval()
+    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(
+        clip_text_config(width)
+    ).eval()
 
 
 def clip_vision_encoder(width: int = WIDTH, size: int = 32) -> Any:
-    from transformers import CLIPVisionModelWithProjection
-
     torch.manual_seed(0)
-    return CLIPVisionModelWithProjection(clip_vision_config(width, size)).eval()
+    return transformers.CLIPVisionModelWithProjection(clip_vision_config(width, size)).eval()
 
 
 def clip_vision_config(width: int = WIDTH, size: int = 32) -> Any:
-    from transformers import CLIPVisionConfig
-
-    return CLIPVisionConfig(
+    return transformers.CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=width,
         projection_dim=width,
@@ -69,25 +64,19 @@ def clip_vision_config(width: int = WIDTH, size: int = 32) -> Any:
 
 
 def clip_image_processor(size: int = 32) -> Any:
-    from transformers import CLIPImageProcessor
-
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def t5_tokenizer(max_length: int = 48) -> Any:
     """A T5 (Unigram) tokenizer over single characters."""
-    from transformers import T5Tokenizer
-
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_length)
+    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_length)
 
 
 def t5_text_encoder(width: int = WIDTH) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
     torch.manual_seed(0)
-    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
-    return T5EncoderModel(config).eval()
+    config = transformers.T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
+    return transformers.T5EncoderModel(config).eval()
 
 
 QWEN_SPECIAL = [
@@ -110,18 +99,14 @@ def byte_vocabulary(special: list[str]) -> dict[str, int]:
 
 def qwen_tokenizer() -> Any:
     """A Qwen2 tokenizer over single bytes, with the chat and vision tokens that the pipelines' templates use."""
-    from transformers import Qwen2Tokenizer
-
-    tokenizer = Qwen2Tokenizer(vocab=byte_vocabulary(QWEN_SPECIAL), merges=[], chat_template=QWEN_CHAT)
+    tokenizer = transformers.Qwen2Tokenizer(vocab=byte_vocabulary(QWEN_SPECIAL), merges=[], chat_template=QWEN_CHAT)
     tokenizer.add_special_tokens({"additional_special_tokens": QWEN_SPECIAL[1:]})
     return tokenizer
 
 
 def qwen3_text_encoder(*, causal: bool) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
-
     torch.manual_seed(0)
-    config = Qwen3Config(
+    config = transformers.Qwen3Config(
         vocab_size=len(qwen_tokenizer()),
         hidden_size=WIDTH,
         intermediate_size=WIDTH,
@@ -133,12 +118,10 @@ def qwen3_text_encoder(*, causal: bool) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return (Qwen3ForCausalLM if causal else Qwen3Model)(config).eval()
+    return (transformers.Qwen3ForCausalLM if causal else transformers.Qwen3Model)(config).eval()
 
 
 def qwen_vl_text_encoder() -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
     torch.manual_seed(0)
     special = {token: i for i, token in enumerate(QWEN_SPECIAL)}
     text = {
@@ -153,7 +136,7 @@ def qwen_vl_text_encoder() -> Any:
         "eos_token_id": 0,
     }
     vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH}
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
         image_token_id=special["<|image_pad|>"],
@@ -161,15 +144,15 @@ def qwen_vl_text_encoder() -> Any:
         vision_start_token_id=special["<|vision_start|>"],
         vision_end_token_id=special["<|vision_end|>"],
     )
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def qwen_vl_processor() -> Any:
     """The processor of the Qwen editing pipelines, with images cut down to 2 x 2 merged patches."""
-    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
-
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
-    return Qwen2VLProcessor(image_processor=images, tokenizer=qwen_tokenizer(), video_processor=Qwen2VLVideoProcessor())
+    images = transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
+    return transformers.Qwen2VLProcessor(
+        image_processor=images, tokenizer=qwen_tokenizer(), video_processor=transformers.Qwen2VLVideoProcessor()
+    )
 
 
 MISTRAL_SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
@@ -179,12 +162,11 @@ MISTRAL_CHAT = "{% for m in messages %}{% for part in m['content'] %}{{ part['te
 def mistral_tokenizer() -> Any:
     """What FLUX.2 calls its tokenizer: anything with `apply_chat_template` over text parts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary(MISTRAL_SPECIAL), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -195,8 +177,6 @@ def mistral_tokenizer() -> Any:
 
 
 def mistral_text_encoder() -> Any:
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
-
     torch.manual_seed(0)
     text = {
         "model_type": "mistral",
@@ -223,17 +203,15 @@ def mistral_text_encoder() -> Any:
         "image_size": 28,
         "patch_size": 14,
     }
-    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=4)
-    return Mistral3ForConditionalGeneration(config).eval()
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=4)
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
 
 
 def xlm_roberta_tokenizer() -> Any:
     """The multilingual (Unigram) tokenizer of Kandinsky 2.1, over single characters."""
-    from transformers import XLMRobertaTokenizer
-
     special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
     vocab = [*special, ("▁", -2.0), *((letter, -3.0) for letter in LETTERS), ("<mask>", 0.0)]
-    return XLMRobertaTokenizer(vocab=vocab, model_max_length=77)
+    return transformers.XLMRobertaTokenizer(vocab=vocab, model_max_length=77)
 
 
 def multilingual_clip(width: int = WIDTH) -> Any:
@@ -255,31 +233,26 @@ def multilingual_clip(width: int = WIDTH) -> Any:
 
 def clip_model(width: int = WIDTH, size: int = 32) -> Any:
     """A whole CLIP (image and text tower) with random weights."""
-    from transformers import CLIPConfig, CLIPModel
-
     torch.manual_seed(0)
-    config = CLIPConfig(
+    config = transformers.CLIPConfig(
         text_config=clip_text_config(width).to_dict(),
         vision_config=clip_vision_config(width, size).to_dict(),
         projection_dim=width,
     )
-    return CLIPModel(config).eval()
+    return transformers.CLIPModel(config).eval()
 
 
 def clip_processor(size: int = 32) -> Any:
-    from transformers import CLIPProcessor
-
-    return CLIPProcessor(image_processor=clip_image_processor(size), tokenizer=clip_tokenizer())
+    return transformers.CLIPProcessor(image_processor=clip_image_processor(size), tokenizer=clip_tokenizer())
 
 
 def safety_checker(*, flags: bool) -> Any:
     """Stable Diffusion's safety checker, which flags every image or none."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig
 
     torch.manual_seed(0)
     checker = StableDiffusionSafetyChecker(
-        CLIPConfig(vision_config=clip_vision_config().to_dict(), projection_dim=WIDTH)
+        transformers.CLIPConfig(vision_config=clip_vision_config().to_dict(), projection_dim=WIDTH)
     ).eval()
     for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
         thresholds.data.fill_(-2.0 if flags else 2.0)  # below, or above, any cosine

@@ -404,7 +404,7 @@ def test_compile_takes_the_repeated_blocks(saved: Path) -> None:
     assert blocks
     assert all(block._compiled_call_impl is not None for block in blocks)
     assert pipeline.unet._compiled_call_impl is None
-    kandinsky = tiny_families.kandinsky3()
+    kandinsky = tiny_families.FAMILIES["kandinsky3"]()
     assert compile_pipeline(kandinsky, backend="eager") == "whole"
     assert kandinsky.unet._compiled_call_impl is not None
 
@@ -421,7 +421,7 @@ def test_padded_sizes_are_few() -> None:
 
 
 def test_denoiser_is_the_network_that_runs_at_every_step() -> None:
-    flux = tiny_families.flux()
+    flux = tiny_families.FAMILIES["flux"]()
     assert denoiser(flux) is flux.transformer
     with pytest.raises(ModelLoadError, match="object has neither a UNet nor a transformer"):
         denoiser(object())
