@@ -21,7 +21,7 @@ from torchvision.models import get_model
 from torchvision.transforms import v2
 
 from sgid_transforms import SGIDAugment, SGIDDataset
-from sgid_transforms.images.reading import load_image
+from sgid_transforms.images import load_image
 
 
 class Images(lightning.LightningDataModule):
@@ -38,7 +38,7 @@ class Images(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         after = v2.Compose([v2.RandomResizedCrop(self.size, (0.5, 1.0)), v2.RandomHorizontalFlip(), *self._finish()])
-        # Asks for the missing variants of a whole batch in one request, which a Compose cannot.
+        # Asks for all missing variants of a batch in one request, which a Compose cannot do.
         train = SGIDDataset(self._part(training=True), self.sgid, after)
         return DataLoader(train, self.batch_size, shuffle=True, num_workers=self.workers, drop_last=True)
 

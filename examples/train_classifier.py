@@ -25,8 +25,10 @@ from torchvision.transforms import v2
 
 from sgid_transforms import Recipe, SGIDAugment, SGIDError
 from sgid_transforms.bulk import scan_folder
-from sgid_transforms.images.folders import Skipped, show
-from sgid_transforms.images.reading import is_image_name, load_image
+from sgid_transforms.files import show
+from sgid_transforms.images import load_image
+from sgid_transforms.images.folders import Skipped
+from sgid_transforms.images.reading import is_image_name
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = Subset(augmented, everything if args.test else [i for i in everything if i % 4 != 3])
     test = plain if args.test else Subset(plain, everything[3::4])
 
-    if args.p > 0:  # captions and similarities, once: a second run finds them
+    if args.p > 0:  # captions and similarities: a second run does only what is new or has changed
         sgid.prepare(Subset(image_folder(data, skipped), train.indices), device=args.device)
     model = model_for(args.arch, len(augmented.classes), args.size).to(args.device)
     optimiser = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     test_loader = DataLoader(test, args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, total_steps=args.epochs * len(loader))
-    # One process owns the generator and serves all workers; nothing is started where nothing is to be generated.
+    # One process owns the generator and serves all workers. It is not needed where nothing is generated.
     with sgid.serve(device=args.device) if args.p > 0 and args.on_miss != "original" else nullcontext():
         for epoch in range(args.epochs):
             model.train()
