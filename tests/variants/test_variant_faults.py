@@ -244,8 +244,10 @@ class TestLinks:
         return VariantStore(store.root, fsync=False)
 
     def test_nothing_changes_behind_one(self, linked, outside):
+        (linked.root / "01bb" / "01" / f"{KEY}-1.png").write_bytes(b"damaged")
         before = self._state(outside)
         for number in range(3):
+            linked.get("01bb", KEY, number)
             linked.get(RECIPE, KEY, number)
             linked.failure(RECIPE, KEY, number)
         for write in (

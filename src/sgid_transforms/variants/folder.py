@@ -179,12 +179,12 @@ class StoreFolder:
             StoreError: The store's format is newer than this package's.
         """
         if self._version is None:
-            version = layout.FORMAT_VERSION
-            with contextlib.suppress(OSError):
-                try:
-                    version = layout.unpack_marker(read(self.path(_MARKER), 4096)[0])
-                except DamagedFileError:
-                    version = 1
+            try:
+                version = layout.unpack_marker(read(self.path(_MARKER), 4096)[0])
+            except DamagedFileError:
+                version = 1
+            except OSError:
+                version = layout.FORMAT_VERSION
             if version > layout.FORMAT_VERSION:
                 raise StoreError(
                     f"the variant store {self.root} has format {version}, this version knows up to {layout.FORMAT_VERSION}; "

@@ -160,7 +160,7 @@ def unpack(data: bytes, name: str) -> tuple[memoryview, memoryview]:
         The image and the JSON, as views of ``data``: a copy would cost as much as reading the file.
 
     Raises:
-        DamagedFileError: foreign, cut off, changed, or meant for another name.
+        DamagedFileError: Foreign, cut off, changed, or meant for another name.
     """
     if len(data) <= _FOOTER:
         raise DamagedFileError(f"{len(data)} bytes are too few for a variant")
@@ -213,7 +213,7 @@ def unpack_failure(data: bytes) -> tuple[str, ...]:
     """The reasons.
 
     Raises:
-        DamagedFileError: the bytes are not what `pack_failure` makes.
+        DamagedFileError: The bytes are not what `pack_failure` makes.
     """
     try:
         reasons = json.loads(data)["reasons"]
