@@ -60,8 +60,13 @@ class CLIPScorer:
         self._offline = local_files_only
         self._model: Any = None
         self._tokenizer: Any = None
-        self._images: _Preprocessing | None = None
+        self._processor: Any = None
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def id(self) -> str:
+        """Name of the model, with its revision where one was given; the report shows it."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
     def load(self) -> CLIPScorer:
         """Load the model now instead of on first use; returns the scorer.
@@ -83,7 +88,6 @@ class CLIPScorer:
             float32 ``(N, D)`` on the CPU.
         """
         self.load()
-        assert self._images is not None
         for image in images:
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
                 raise GenerationError(
@@ -91,9 +95,10 @@ class CLIPScorer:
                 )
         features = []
         for start in range(0, len(images), self.batch_size):
-            pixels = self._images([image.to(self.device) for image in images[start : start + self.batch_size]])
+            chunk = [image.to(self.device) for image in images[start : start + self.batch_size]]
+            inputs = self._processor(images=chunk, input_data_format="channels_first", return_tensors="pt")
             with torch.inference_mode():
-                output = self._model.get_image_features(pixel_values=pixels.to(self._model.dtype))
+                output = self._model.get_image_features(pixel_values=inputs["pixel_values"].to(self.device, self._model.dtype))
             features.append(_normalised(output))
         return torch.cat(features) if features else torch.zeros(0, self._width)
 
@@ -126,6 +131,16 @@ class CLIPScorer:
             raise GenerationError(f"{len(images)} images but {len(texts)} texts; pass one text for each image")
         return (self.image_features(images) * self.text_features(texts)).sum(1).clamp(-1, 1)
 
+    def image_image(self, images: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """Cosine of each image with the other one at the same position, float32 ``(N,)`` in [-1, 1].
+
+        Raises:
+            GenerationError: There are not as many of one as of the other.
+        """
+        if len(images) != len(others):
+            raise GenerationError(f"{len(images)} images but {len(others)} others; pass them in pairs")
+        return (self.image_features(images) * self.image_features(others)).sum(1).clamp(-1, 1)
+
     def label_probabilities(self, images: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
         """Probability of each label for each image: the softmax of CLIP's logits over the labels.
 
@@ -154,7 +169,7 @@ class CLIPScorer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Small pickles: another process loads the model itself.
-        return self.__dict__ | {"_model": None, "_tokenizer": None, "_images": None, "_texts": OrderedDict()}
+        return self.__dict__ | {"_model": None, "_tokenizer": None, "_processor": None, "_texts": OrderedDict()}
 
     @property
     def _width(self) -> int:
@@ -182,7 +197,7 @@ class CLIPScorer:
                 dtype = self._dtype or default_dtype(self.device)
                 self._model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=dtype, **common)
                 self._tokenizer = AutoTokenizer.from_pretrained(source, **common)
-                self._images = _Preprocessing(AutoImageProcessor.from_pretrained(source, **common))
+                self._processor = AutoImageProcessor.from_pretrained(source, **common)
             except ModelLoadError:
                 raise
             except Exception as error:
@@ -191,41 +206,6 @@ class CLIPScorer:
         self._model = self._model.to(self.device).eval()
         positions = int(self._model.config.text_config.max_position_embeddings)
         self._max_tokens = min(int(self._tokenizer.model_max_length), positions)
-
-
-class _Preprocessing:
-    """What a CLIP image processor does, on the device and without a detour over PIL: resize, centre crop, normalise."""
-
-    def __init__(self, processor: Any) -> None:
-        size, crop = dict(processor.size), dict(processor.crop_size or {})
-        self.shortest = int(size.get("shortest_edge") or min(size["height"], size["width"]))
-        # a crop beyond the shorter side would have to be padded, which no CLIP asks for
-        rows, columns = (min(int(crop.get(side, self.shortest)), self.shortest) for side in ("height", "width"))
-        self.crop = (rows, columns)
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-
-    def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """Pixels ``(N, 3, h, w)`` of uint8 images ``(3, H, W)``; those of one size are resized together."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
-        pixels: list[Tensor] = [images[0]] * len(images)
-        for indices in by_size.values():
-            for index, ready in zip(indices, self._resized(torch.stack([images[i] for i in indices])), strict=True):
-                pixels[index] = ready
-        batch = torch.stack(pixels)
-        return (batch - self.mean.to(batch.device)) / self.std.to(batch.device)
-
-    def _resized(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        # the shorter side exactly, the longer one cut to whole pixels, as transformers does it
-        size = tuple(max(int(self.shortest * side / min(height, width)), self.shortest) for side in (height, width))
-        pixels = images.float() / 255
-        if size != (height, width):
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        rows, columns = self.crop
-        top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
-        return pixels[..., top : top + rows, left : left + columns]
 
 
 def _normalised(output: Any) -> Tensor:
