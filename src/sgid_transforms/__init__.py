@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from sgid_transforms.transforms.dataset import SGIDDataset
     from sgid_transforms.variants import Provenance, VariantStore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "captions": (

@@ -1,5 +1,7 @@
 """Captioning a data set: what is looked past, what is refused, what is kept."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -267,3 +269,25 @@ def test_names_that_come_later_replace_codes(tmp_path: Path, sgid: SGIDAugment) 
 def test_a_data_set_without_labels_can_be_prepared_for_a_prompt_with_one(sgid: SGIDAugment) -> None:
     sgid.prepare(Pictures(0, 1, label=-1), progress=False)
     assert {record.label for record in sgid.captions} == {None}
+
+
+def test_a_batch_of_photos_fits_into_memory(tmp_path: Path) -> None:
+    """Batches were bounded by number: 32 photos of 24 megapixels took 25 GB."""
+    script = """
+import resource, sys
+from PIL import Image
+from sgid_transforms import SGIDAugment
+class Photos:
+    classes = ["cat"]
+    def __len__(self): return 6
+    def __getitem__(self, index): return Image.linear_gradient("L").resize((6000, 4000)).rotate(index).convert("RGB"), 0
+sgid = SGIDAugment(captions=sys.argv[1])
+sgid.prepare(type("One", (Photos,), {"__len__": lambda self: 1})(), progress=False)  # loads the models
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert sgid.prepare(Photos(), progress=False).known == 1
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "captions.sqlite")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 600, f"{done.stdout} MiB more than for one photo"

@@ -227,6 +227,22 @@ def test_sizes(count, text):
     assert size(count) == text
 
 
+def test_a_changed_text_puts_variants_out_of_date_and_prune_removes_them(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    assert fake_sgid("generate", "data", "-k", "2")[0] == 0
+    (tmp_path / "data" / "cat").rename(tmp_path / "data" / "tabby_cat")
+    assert fake_sgid("generate", "data", "-k", "2")[0] == 0
+    _, out, _ = fake_sgid("verify", "variants", "--captions", "captions.sqlite", "--json")
+    assert json.loads(out)["outdated"] == 4
+    _, out, _ = fake_sgid("prune", "variants", "--keep", "tiny", "--captions", "captions.sqlite", "--json")
+    assert (json.loads(out)["outdated"], json.loads(out)["done"]) == (4, False)
+    fake_sgid("prune", "variants", "--keep", "tiny", "--captions", "captions.sqlite", "--yes")
+    _, out, _ = fake_sgid("verify", "variants", "--captions", "captions.sqlite", "--json")
+    assert (json.loads(out)["outdated"], json.loads(out)["report"]["checked"]) == (0, 8)
+    _, out, _ = fake_sgid("export", "data", "out", "--json")
+    assert json.loads(out)["report"]["variants"] == 8
+
+
 def test_ctrl_c_where_nothing_is_at_stake_ends_without_a_traceback(fake_sgid, monkeypatch, tmp_path):
     plain_folder(tmp_path / "data", 1)
 

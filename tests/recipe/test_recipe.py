@@ -275,6 +275,14 @@ class TestDefaultsFollowTheModel:
         assert len({recipe.fingerprint for recipe in spellings}) == 1
         assert len(set(spellings)) == 1
 
+    @pytest.mark.parametrize("folder", [pathlib.PurePosixPath("sd-turbo"), "./sd-turbo", "sd-turbo/", "./sd-turbo/"], ids=repr)
+    def test_a_folder_that_is_called_as_a_preset_is_told_from_it(self, folder: Any) -> None:
+        """`git clone .../sd-turbo`, and the hub's checkpoint was used; with a slash it had another fingerprint."""
+        recipe = Recipe(model=folder)
+        assert recipe.model == "./sd-turbo"
+        assert recipe.fingerprint == Recipe(model="./sd-turbo").fingerprint != Recipe(model="sd-turbo").fingerprint
+        assert recipe.num_inference_steps == Recipe(model="sd-turbo").num_inference_steps
+
     def test_a_presets_name_is_its_model(self) -> None:
         assert Recipe(model="sd-turbo") == Recipe(model="stabilityai/sd-turbo")
 
@@ -383,7 +391,7 @@ class TestPresets:
     )
     def test_settings_follow_the_name_of_a_checkpoint(self, model: str, preset: str) -> None:
         recipe, expected = Recipe.for_model(model), Recipe.preset(preset)
-        assert recipe.model == model
+        assert recipe.model == model.rstrip("/")
         assert (recipe.num_inference_steps, recipe.guidance) == (expected.num_inference_steps, expected.guidance)
 
     def test_unknown_names_are_refused_with_the_nearest(self) -> None:

@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class CurrentVariant(NamedTuple):
-    """A stored variant, the key of its image, and whether training finds it: None where the image has no record."""
+    """A stored variant, the key of its image, and whether training finds it: None where its record does not tell."""
 
     ref: VariantRef
     image_key: str
@@ -82,6 +82,13 @@ class Address:
             return None
         return variants.get_pil(self.recipe, record.key, variant) if pil else old.image
 
+    def exists(self, variants: VariantStore, record: CaptionRecord, key: str, variant: int) -> bool:
+        """Whether :meth:`find` would find a variant, mostly without reading it."""
+        if variants.contains(self.recipe, key, variant):
+            return True
+        old = variants.may_have_old_keys(self.recipe) and variants.contains(self.recipe, record.key, variant)
+        return old and self.find(variants, record, key, variant, pil=False) is not None
+
     def current(self, variants: VariantStore, captions: CaptionStore, *, failures: bool = False) -> Iterator[CurrentVariant]:
         """All stored variants of the recipe, or all remembered failures, each with whether training would still find it.
 
@@ -94,7 +101,8 @@ class Address:
             for ref in chunk:
                 record = records.get(ref.image_key)
                 if record is not None:
-                    yield CurrentVariant(ref, ref.image_key, self.key(record) == ref.key)
+                    key = self.key(record)
+                    yield CurrentVariant(ref, ref.image_key, None if key is None else key == ref.key)
                 elif old and (record := records.get(ref.key)) is not None:
                     found = None if failures else variants.get(self.recipe, ref.key, ref.variant)
                     yield CurrentVariant(ref, ref.key, found is not None and self._made_under(record, found.provenance))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sgid_transforms.bulk.captioning import caption_folder
 from sgid_transforms.bulk.generating import Work, build
-from sgid_transforms.bulk.plan import Models, Shard, missing_variants, variant_keys
+from sgid_transforms.bulk.plan import Models, Shard, missing_variants
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import RecipeError
 from sgid_transforms.files import free_bytes
@@ -78,7 +78,7 @@ def estimate_folder(
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
     known = captions.get_many([image.key for image in scan.images]) if captions.path.exists() else {}
-    _, todo = missing_variants(images, variant_keys(images, recipe, captions), recipe, variants, count)
+    _, todo = missing_variants(images, recipe, captions, variants, count)
     chosen = [todo[index * len(todo) // sample] for index in range(sample)] if len(todo) > sample else todo
     per_caption = per_variant = per_file = 0.0
     with tempfile.TemporaryDirectory(prefix="sgid-dry-run-") as folder:

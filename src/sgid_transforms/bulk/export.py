@@ -97,7 +97,7 @@ def _check_target(top: Path, scan: Scan, recipe: Recipe) -> None:
         raise FolderError(f"{show(top)} is a file; give a folder to export to")
     inside = top.resolve()
     if scan.root is not None and inside.is_relative_to(scan.root.resolve()):
-        raise FolderError(f"{show(top)} lies inside of the images' folder {show(scan.root)}; export to a folder of its own")
+        raise FolderError(f"{show(top)} overlaps with the images' folder {show(scan.root)}; export to a folder of its own")
     for folder in {image.file.path.parent for image in scan.images}:
         source = folder.resolve()
         if source.is_relative_to(inside) or inside.is_relative_to(source):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sgid_transforms.building.builder import Builder, BuilderSpec
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.bulk.captioning import CaptionReport, caption_folder
-from sgid_transforms.bulk.plan import Models, Shard, missing_variants, variant_keys
+from sgid_transforms.bulk.plan import Models, Shard, missing_variants
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ImageError, RecipeError, StoreError
 from sgid_transforms.files import free_bytes
@@ -87,11 +87,11 @@ def generate_folder(
     models = models or Models()
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
-    _, todo = missing_variants(images, variant_keys(images, recipe, captions), recipe, variants, count)
+    _, todo = missing_variants(images, recipe, captions, variants, count)
     # The generator comes first: if it cannot be loaded, that is better known before than after an hour of captioning.
     builder = build(scan, recipe, captions, variants, models) if todo and not stop() else None
     described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
-    filtered, todo = missing_variants(images, variant_keys(images, recipe, captions), recipe, variants, count)
+    filtered, todo = missing_variants(images, recipe, captions, variants, count)
     if todo and builder is None and not described.stopped:  # new captions gave variants that were there new addresses
         builder = build(scan, recipe, captions, variants, models)
     wanted = len(images) * count

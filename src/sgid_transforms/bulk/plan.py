@@ -1,6 +1,6 @@
 """What there is to do over a whole folder, and with which models: decided without loading any."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,32 +57,23 @@ class Shard:
         return int(key[:8], 16) % self.count == self.number - 1
 
 
-def variant_keys(images: Sequence[KnownImage], recipe: Recipe, captions: CaptionStore) -> dict[str, str]:
-    """The key of each image's variants, for those that are described already."""
-    address = Address(recipe)
-    records = captions.get_many([image.key for image in images]) if captions.path.exists() else {}
-    keys = {}
-    for image in images:
-        record = records.get(image.key)
-        key = None if record is None else address.key(record, image.file.label)
-        if key is not None:
-            keys[image.key] = key
-    return keys
-
-
 def missing_variants(
-    images: Iterable[KnownImage], keys: Mapping[str, str], recipe: Recipe, variants: VariantStore, count: int
+    images: Sequence[KnownImage], recipe: Recipe, captions: CaptionStore, variants: VariantStore, count: int
 ) -> tuple[int, list[tuple[KnownImage, int]]]:
     """How many were filtered for good, and those that are neither there nor filtered, image by image."""
+    address = Address(recipe)
+    records = captions.get_many([image.key for image in images]) if captions.path.exists() else {}
     filtered = 0
     todo = []
     for image in images:
-        key = keys.get(image.key)
+        record = records.get(image.key)
+        key = None if record is None else address.key(record, image.file.label)
         for number in range(count):
-            if key is not None and variants.contains(recipe, key, number):
-                continue
-            if key is not None and variants.failure(recipe, key, number) is not None:
-                filtered += 1
-            else:
+            if record is None or key is None:
                 todo.append((image, number))
+            elif not address.exists(variants, record, key, number):
+                if variants.failure(recipe, key, number) is None:
+                    todo.append((image, number))
+                else:
+                    filtered += 1
     return filtered, todo

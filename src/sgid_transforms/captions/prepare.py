@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
 from sgid_transforms.captions.record import CaptionRecord
@@ -23,6 +24,9 @@ from sgid_transforms.images.reading import READ_ERRORS
 from sgid_transforms.recipe.prompts import build_prompt, parse_template
 
 _log = logging.getLogger("sgid_transforms")
+
+_SHORTEST_EDGE = 1024  # pixels
+_PIXELS = 2**25  # most pixels of pictures that wait in memory for their batch
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,14 @@ class Entry(NamedTuple):
         label: Its class name in words.
         path: Of its file.
         load: Returns the picture, in any form that has a key; raises ``ImageError`` where it cannot be read any more.
+        pixels: Of a picture that is held in memory until its turn comes.
     """
 
     key: str
     label: str | None
     path: str | None
     load: Callable[[], Any]
+    pixels: int = 0
 
 
 @dataclass
@@ -213,7 +219,8 @@ def prepare(
                         failed.append((index, f"{type(error).__name__}: {error}"))
                     else:
                         label = _name_of(sample, class_names, needs_label)
-                        yield Entry(name, label, sample.path, lambda image=sample.image: image)  # type: ignore[misc]
+                        load = functools.partial(_identity, sample.image)
+                        yield Entry(name, label, sample.path, load, _pixels(sample.image))
                     bar.update()
 
             tally = complete(entries(), captions, describer)
@@ -256,7 +263,7 @@ def complete(
             elif entry.key not in pending:
                 record = _to_do(known, entry, stale)
                 try:
-                    pending[entry.key] = (record, to_uint8_chw(entry.load()))
+                    pending[entry.key] = (record, _small(to_uint8_chw(entry.load())))
                 except READ_ERRORS as error:
                     tally.failed.append((entry.path, str(error)))
                     continue
@@ -276,7 +283,7 @@ def complete(
 
     for entry in entries:
         waiting.append(entry)
-        if len(waiting) >= describer.batch_size:
+        if len(waiting) >= describer.batch_size or sum(one.pixels for one in waiting) > _PIXELS:
             decide()
         if len(pending) >= describer.batch_size:
             flush()
@@ -288,6 +295,28 @@ def complete(
         parts = ", ".join(f"{count} by another {what}" for what, count in sorted(tally.changed.items()))
         _log.warning("images described anew: %s; what was generated after the old texts is not used any more", parts)
     return tally
+
+
+def _identity(image: Any) -> Any:
+    return image
+
+
+def _pixels(image: Any) -> int:
+    height, width = (image.height, image.width) if hasattr(image, "width") else image.shape[-2:]
+    return int(height * width)
+
+
+def _small(image: torch.Tensor) -> torch.Tensor:
+    """A photo as large as captioners and CLIP models look at it, several times over, and no larger.
+
+    They resize by themselves, but in floats: a batch of photos of 24 megapixels once took 25 GB.
+    """
+    shortest = min(image.shape[1:])
+    if shortest <= _SHORTEST_EDGE:
+        return image
+    size = [round(side * _SHORTEST_EDGE / shortest) for side in image.shape[1:]]
+    small: torch.Tensor = F.resize(image, size, antialias=True)
+    return small
 
 
 def _stale(known: CaptionRecord, entry: Entry, describer: Describer) -> str | None:

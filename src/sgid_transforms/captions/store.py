@@ -75,7 +75,7 @@ class CaptionStore:
         text = os.fspath(path)
         if not isinstance(text, str) or not text or "\0" in text:
             raise StoreError(f"caption store path {text!r} is empty, of bytes, or holds a NUL character; choose another one")
-        self._database = Database(Path(text), readonly=readonly)
+        self._database = Database(Path(text).expanduser(), readonly=readonly)
 
     @property
     def path(self) -> Path:

@@ -118,7 +118,8 @@ def prune(
     there = sorted({*stats.variants, *stats.failures})
     kept = {_fingerprint(name, there) for name in keep}
     removed = {name: stats.variants.get(name, 0) for name in there if name not in kept}
-    outdated = [ref for name in keep if captions is not None for ref in _outdated(store, captions, _recipe(name))]
+    recipes = [_recipe(name) for name in keep if name not in there]  # of a mere fingerprint, the texts are not known
+    outdated = [ref for recipe in recipes if captions is not None for ref in _outdated(store, captions, recipe)]
     freed = sum(stats.bytes.get(name, 0) for name in removed) + sum(ref.path.stat().st_size for ref in outdated)
     if yes and removed:
         store.prune(kept, progress=bar("removing", "file", json))

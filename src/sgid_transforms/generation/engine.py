@@ -314,8 +314,8 @@ class NativeEngine:
         found = {i: hit for i, key in enumerate(keys) if self._cache and (hit := self._cache.get(key, device)) is not None}
         missing = [i for i in range(len(group)) if i not in found]
         if missing:
-            images = [group[i].request.image.to(device, non_blocking=True)[None].float() / 255 for i in missing]
-            pixels = torch.cat([resize(image, group[i].size) for image, i in zip(images, missing, strict=True)])
+            # One after the other: as floats, a batch of photos takes gigabytes before it is resized.
+            pixels = torch.cat([resize(_floats(group[i].request.image, device), group[i].size) for i in missing])
             for i, encoded in zip(missing, self._codec.encode(pixels), strict=True):
                 found[i] = encoded
                 if self._cache:

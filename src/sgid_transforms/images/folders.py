@@ -126,9 +126,7 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
     skipped = [Skipped(path, "it lies outside of the class folders; move it into one") for path in loose]
     for entry in entries:
         if entry.is_dir() and entry.name.startswith(".") and any(map(is_image_name, _walk(entry, lambda *_: None))):
-            skipped.append(
-                Skipped(entry, "it is a hidden folder, which ImageFolder takes for a class; move it away")
-            )
+            skipped.append(Skipped(entry, "it is a hidden folder, which ImageFolder takes for a class; move it away"))
     files: list[ImageFile] = []
     classes: list[str] = []
     ignored = sum(not entry.is_dir() and not is_image_name(entry) and not entry.name.startswith(".") for entry in entries)
@@ -168,7 +166,9 @@ def scan_files(listing: Listing, progress: Callable[[Iterable[ImageFile]], Itera
             duplicates += 1
         else:  # one picture cannot have variants of two classes: its key is the same
             other = show(first.file.path)
-            skipped.append(Skipped(file.path, f"it shows the very picture of {other}, which has another label; remove one"))
+            skipped.append(
+                Skipped(file.path, f"it shows the same picture as {other}, which has another label; remove one of them")
+            )
     return Scan(tuple(images.values()), tuple(skipped), duplicates, listing.classes, listing.root)
 
 

@@ -346,9 +346,12 @@ def _non_empty(name: str, value: object) -> str:
 
 
 def _model(value: object) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    return _non_empty("model", value)
+    """The model's name; a folder that is called as a preset is told from it by a path: ``./sd-turbo``, ``sd-turbo/``."""
+    is_path = isinstance(value, os.PathLike)
+    name = _non_empty("model", os.fspath(value) if isinstance(value, os.PathLike) else value)
+    if name.endswith("/") and name.strip("/"):
+        is_path, name = True, name.rstrip("/")
+    return f"./{name}" if is_path and name in PRESETS else name
 
 
 def _strength(value: object) -> float | tuple[float, float]:

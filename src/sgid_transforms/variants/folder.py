@@ -61,7 +61,7 @@ class StoreFolder:
         text = os.fspath(root)
         if not isinstance(text, str) or not text or "\0" in text:
             raise StoreError(f"store folder {text!r} is empty, of bytes, or holds a NUL character; choose another name")
-        self.root = Path(text)
+        self.root = Path(text).expanduser()
         self.readonly = readonly
         self.fsync = fsync
         self.damaged_seen = 0
