@@ -62,8 +62,9 @@ def test_downloads_keep_their_progress_bars(wanted: bool) -> None:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    if not wanted:
-        disable_progress_bars()
+    before = are_progress_bars_disabled(), logging.is_progress_bar_enabled()  # whatever other tests left
+    logging.enable_progress_bar()  # the hub's as well
+    (enable_progress_bars if wanted else disable_progress_bars)()
     try:
         with quiet():
             assert are_progress_bars_disabled() is not wanted
@@ -71,7 +72,8 @@ def test_downloads_keep_their_progress_bars(wanted: bool) -> None:
         assert are_progress_bars_disabled() is not wanted
         assert logging.is_progress_bar_enabled()
     finally:
-        enable_progress_bars()
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+        (disable_progress_bars if before[0] else enable_progress_bars)()
 
 
 def test_dtype_reaches_the_weights(saved: Path) -> None:

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import captioner as captioner_stage
+from tokenizer import extend
+from words import PLACES
 
 HERE = Path(__file__).parent
 BUNDLE = HERE.parents[1] / "src" / "sgid_transforms" / "assets" / "tiny"
@@ -49,6 +51,10 @@ def main() -> None:
     checkpoint(work / "vae.pt", {"vae": load_file(pipeline / "vae" / "diffusion_pytorch_model.safetensors")})
     unet = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     text = load_file(pipeline / "text_encoder" / "model.safetensors")
+    if added := extend(work / "tokenizer", PLACES):  # words that came later than the bundle: what they mean is yet to be learnt
+        name = next(key for key in text if key.endswith("token_embedding.weight"))
+        mean = text[name].float().mean(0, keepdim=True)
+        text[name] = torch.cat([text[name].float(), mean.expand(added, -1)])
     checkpoint(work / "unet.pt", {"unet": unet, "text_encoder": text})
     checkpoint(work / "clip.pt", {"clip": load_file(args.bundle / "clip" / "model.safetensors")})
     # Weights that are tied are stored once: a model with these weights knows them all.

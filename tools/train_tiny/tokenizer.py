@@ -6,6 +6,7 @@ CLIP, the captioner's targets and the pipeline share it: almost every word of a 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -53,6 +54,22 @@ def train(data: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False))
     (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+
+
+def extend(folder: Path, words: Iterable[str]) -> int:
+    """Make one token of each word that takes several; ids that exist stay. Returns how many tokens were added."""
+    vocab: dict[str, int] = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text().splitlines()
+    before = len(vocab)
+    for word in words:
+        tokens = load(folder).tokenize(word)
+        while len(tokens) > 1:
+            merges.append(f"{tokens[0]} {tokens[1]}")
+            tokens[:2] = [tokens[0] + tokens[1]]
+            vocab.setdefault(tokens[0], len(vocab))
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+        (folder / "merges.txt").write_text("\n".join(merges) + "\n")
+    return len(vocab) - before
 
 
 def load(folder: Path):

@@ -1,8 +1,8 @@
 """Stage 3: the text-conditional UNet and its CLIP text encoder, by v-prediction on the autoencoder's latents.
 
-Prompts are drawn as users write them: label and caption mostly, each alone at times, and nothing for a tenth of the
-images (classifier-free guidance). A captioner errs, and what it says then must not outweigh the label: part of the captions
-that stand behind a label name another image's subject.
+Prompts are drawn as users write them: label and context (what is seen beside the object) mostly, each alone at times, and
+nothing for a tenth of the images (classifier-free guidance). A captioner errs, and what it says then must not outweigh the
+label: part of the captions that stand behind a label name another image's subject.
 
 The loss is that of v-prediction without further weights, and timesteps are drawn more often the noisier they are. At high
 strength a variant is decided at high noise levels, which min-SNR weights all but leave out.
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -26,7 +27,7 @@ import vae as vae_stage
 from common import Stage, averaged, parser, to_float
 from data import CLASSES, load_split
 from tokenizer import MAX_LENGTH, load
-from words import caption, describe
+from words import article, context, describe
 
 TEXT_WIDTH = 128
 UNET_CONFIG = {
@@ -50,17 +51,18 @@ def text_config(vocabulary: int, bos: int, eos: int) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def shifted_betas(shift: float = 4.0) -> list[float]:
-    """Stable Diffusion's schedule with every noise level divided by ``shift``.
+def shifted_betas(shift: float = 2.0) -> list[float]:
+    """Stable Diffusion's schedule with every noise level divided by ``shift``, then stretched until its end is pure noise.
 
-    The schedule (scaled-linear betas 0.00085 to 0.012) was made for 64x64 latents. On a grid 4 times smaller, the same noise
-    hides structures 4 times larger; dividing sigma by 64 / 16 keeps what a strength means (the resolution shift of Hoogeboom
-    et al. 2023, arXiv 2301.11093).
+    The schedule (scaled-linear betas 0.00085 to 0.012) was made for 64x64 latents. On a smaller grid the same noise hides
+    larger structures, and dividing sigma keeps what a strength means (the resolution shift of Hoogeboom et al. 2023, arXiv
+    2301.11093). Its end is not pure noise, so that the original shines through at strength 1; the rescaling to zero terminal
+    SNR is that of Lin et al. 2024 (arXiv 2305.08891), and needs v-prediction.
     """
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
     alphas = np.cumprod(1 - betas)
     shifted = 1 / (1 + (1 - alphas) / alphas / shift**2)
-    return (1 - shifted / np.concatenate([[1.0], shifted[:-1]])).tolist()
+    return rescale_zero_terminal_snr(torch.from_numpy(1 - shifted / np.concatenate([[1.0], shifted[:-1]]))).tolist()
 
 
 @torch.no_grad()
@@ -107,26 +109,33 @@ def main() -> None:
     text = CLIPTextModel(text_config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id))
     alphas = torch.tensor(np.cumprod(1 - np.array(shifted_betas())), dtype=torch.float32)
 
-    def prompt(index: int, kind: float, other: int, exchange: float) -> str:
+    def prompt(index: int, mirrored: int, kind: float, other: int, draws: list[float]) -> str:
         label = f"a photo of a {CLASSES[int(data.labels[index])]}"
         if kind < 0.25:
             return "" if kind < 0.1 else label
-        if kind < 0.4:
-            return caption(data.subnames[index], looks[index])
-        return f"{label}, {caption(data.subnames[other if exchange < args.wrong else index], looks[index])}"
+        # Each part is left out at times, so that each is listened to on its own, and a short context is as good as a long one.
+        kept = dict(zip(("object", "background", "halves", "light", "distance", "side"), draws, strict=True))
+        said = context(looks[index], mirrored=bool(mirrored), keep=lambda name: kept[name] < 0.75)
+        if kind < 0.35:
+            label = article(data.subnames[index])
+        elif kind < 0.5:  # a captioner errs, and its subject must not outweigh the label
+            label = f"{label}, {article(data.subnames[other if kind < 0.35 + 0.15 * args.wrong else index])}"
+        return f"{label}, {said}" if said else label
 
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(data), (args.batch_size,), generator=g)
         mirror = torch.randint(0, 2, (args.batch_size,), generator=g)
         x = latents[mirror, index].float() * scale
-        kinds, exchange = torch.rand(2, args.batch_size, generator=g).tolist()
+        kinds = torch.rand(args.batch_size, generator=g).tolist()
+        draws = torch.rand(args.batch_size, 6, generator=g).tolist()
         others = torch.randint(len(data), (args.batch_size,), generator=g).tolist()
-        prompts = [prompt(*drawn) for drawn in zip(index.tolist(), kinds, others, exchange, strict=True)]
+        drawn = zip(index.tolist(), mirror.tolist(), kinds, others, draws, strict=True)
+        prompts = [prompt(*one) for one in drawn]
         ids = tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
         # Stratified timesteps: each batch covers the noise levels evenly, which lowers the variance of the gradient. The
-        # exponent puts the median at sigma 0.7 of the latents' spread, about where Karras et al. (2022, arXiv 2206.00364) do.
+        # exponent leans towards high noise, where the text decides.
         u = (torch.arange(args.batch_size) + torch.rand(args.batch_size, generator=g)) / args.batch_size
-        t = (u**0.6 * len(alphas)).long().clamp(max=len(alphas) - 1)
+        t = (u**0.85 * len(alphas)).long().clamp(max=len(alphas) - 1)
         a = alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn(x.shape, generator=g)
         target = a.sqrt() * noise - (1 - a).sqrt() * x

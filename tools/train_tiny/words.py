@@ -1,10 +1,14 @@
-"""Words for how a small picture looks, read off its pixels: colours of object and background, light or dark.
+"""Words for how a small picture looks, read off its pixels: colours, light, how near the object is and where it stands.
 
 The object is taken to stand in the middle and the background at the border: true often enough for CIFAR-10 to teach a
-captioner and a text encoder what the colour words mean.
+captioner and a text encoder what the words mean. None of them names what the object is: together they are its context, which
+can be lent to another picture.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ _PROTOTYPES: list[tuple[str, tuple[int, int, int]]] = [
     ("pink", (225, 150, 165)), ("purple", (120, 70, 140)),
 ]  # fmt: skip
 COLOURS = tuple(dict.fromkeys(name for name, _ in _PROTOTYPES))
+PLACES = ("above", "below", "dark", "bright", "close", "up", "far", "away", "the", "left", "right")
 
 
 def _to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -54,8 +59,13 @@ def _terms(images: np.ndarray) -> np.ndarray:
     return _TABLE[q[..., 0], q[..., 1], q[..., 2]]
 
 
-def describe(images: torch.Tensor) -> list[dict[str, str | tuple[str, ...] | None]]:
-    """Looks of each image of (N, 3, 32, 32) uint8: ``object`` (1 or 2 colours), ``background`` (1), ``light`` (or None)."""
+def describe(images: torch.Tensor) -> list[dict[str, Any]]:
+    """Looks of each image of (N, 3, 32, 32) uint8.
+
+    ``object`` (1 or 2 colours), ``background`` (1 colour), and where there is something to say, else None: ``halves`` (the
+    colours above and below, where they differ), ``light`` (``dark`` or ``bright``), ``distance`` (``close up`` or
+    ``far away``) and ``side`` (``left`` or ``right``).
+    """
     pixels = images.permute(0, 2, 3, 1).numpy()
     terms = _terms(pixels)
     ring = np.zeros((32, 32), bool)
@@ -64,8 +74,8 @@ def describe(images: torch.Tensor) -> list[dict[str, str | tuple[str, ...] | Non
     centre = np.exp(-(((y - 16) ** 2 + (x - 15.5) ** 2) / (2 * 6.5**2)))
     luminance = (pixels @ np.array([0.299, 0.587, 0.114])).mean((1, 2)) / 255
     out = []
-    for term, light in zip(terms, luminance, strict=True):
-        background = int(np.bincount(term[ring], minlength=len(COLOURS)).argmax())
+    for picture, term, light in zip(pixels, terms, luminance, strict=True):
+        background = _most(term[ring])
         weight = np.bincount(term.ravel(), centre.ravel(), minlength=len(COLOURS))
         share = weight / weight.sum()
         # What is also the background's colour belongs to the object only where nothing else fills the middle.
@@ -74,21 +84,64 @@ def describe(images: torch.Tensor) -> list[dict[str, str | tuple[str, ...] | Non
         order = np.argsort(-share, kind="stable")
         second = share[order[1]] > 0.5 * share[order[0]]
         names = tuple(COLOURS[i] for i in order[: 2 if second else 1])
+        above, below = _most(term[:5]), _most(term[-5:])
+        distance, side = _place(picture, x)
         out.append(
             {
                 "object": names,
                 "background": COLOURS[background],
+                "halves": (COLOURS[above], COLOURS[below]) if above != below else None,
                 "light": "dark" if light < 0.3 else "bright" if light > 0.66 else None,
+                "distance": distance,
+                "side": side,
             }
         )
     return out
+
+
+def _most(terms: np.ndarray) -> int:
+    return int(np.bincount(terms.ravel(), minlength=len(COLOURS)).argmax())
+
+
+def _place(picture: np.ndarray, x: np.ndarray) -> tuple[str | None, str | None]:
+    """How much of an (H, W, 3) picture the object fills, and on which side it stands: what differs from all of the border."""
+    lab = _to_lab(picture / 255)
+    border = [lab[:4, :16], lab[:4, 16:], lab[-4:, :16], lab[-4:, 16:], lab[4:-4, :4], lab[4:-4, -4:]]
+    means = np.stack([part.reshape(-1, 3).mean(0) for part in border])
+    different = np.sqrt(((lab[:, :, None] - means) ** 2).sum(-1)).min(-1)
+    mask = different > 18
+    filled = mask.mean()
+    distance = "far away" if 0.01 < filled < 0.08 else "close up" if filled > 0.4 else None
+    offset = float((different * mask * (x - 15.5)).sum() / max((different * mask).sum(), 1e-6)) if filled > 0.01 else 0.0
+    return distance, "left" if offset < -3 else "right" if offset > 3 else None
 
 
 def article(noun: str) -> str:
     return ("an " if noun[:1].lower() in "aeiou" else "a ") + noun
 
 
-def caption(subname: str, looks: dict) -> str:
-    """``a leopard frog, brown and green, on a white background`` (and ``, dark`` or ``, bright``)."""
-    text = f"{article(subname)}, {' and '.join(looks['object'])}, on {article(looks['background'])} background"
-    return text + (f", {looks['light']}" if looks["light"] else "")
+def context(look: dict[str, Any], *, mirrored: bool = False, keep: Callable[[str], bool] = lambda name: True) -> str:
+    """What a picture shows beside its object: ``brown and white, on a green background, blue above, far away, on the left``.
+
+    Args:
+        look: from `describe`.
+        mirrored: whether the picture is shown as its mirror image.
+        keep: asked for each part by its name in ``look``, so that a training can leave parts out.
+    """
+    parts = []
+    if keep("object"):
+        parts.append(" and ".join(look["object"]))
+    if keep("background"):
+        parts.append(f"on {article(look['background'])} background")
+    if look["halves"] and keep("halves"):
+        parts.append(f"{look['halves'][0]} above {look['halves'][1]} below")
+    parts += [look[name] for name in ("light", "distance") if look[name] and keep(name)]
+    if look["side"] and keep("side"):
+        side = {"left": "right", "right": "left"}[look["side"]] if mirrored else look["side"]
+        parts.append(f"on the {side}")
+    return ", ".join(parts)
+
+
+def caption(subname: str, looks: dict[str, Any]) -> str:
+    """``a leopard frog, brown and green, on a white background`` (and what else `context` says)."""
+    return f"{article(subname)}, {context(looks)}"

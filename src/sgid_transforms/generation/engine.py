@@ -350,3 +350,8 @@ class NativeEngine:
             image.clone(memory_format=torch.contiguous_format) if good else RejectedImageError.not_finite(s.request)
             for s, image, good in zip(group, ready, finite, strict=True)
         ]
+
+
+def _floats(image: Tensor, device: torch.device) -> Tensor:
+    """A uint8 image as a batch of one, in [0, 1]."""
+    return image.to(device, non_blocking=True)[None].float() / 255
