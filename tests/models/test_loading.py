@@ -151,6 +151,14 @@ def damage_index(folder: Path) -> None:
     (folder / "model_index.json").write_text("{")
 
 
+def deep_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text("[" * 100_000)
+
+
+def no_text_index(folder: Path) -> None:
+    (folder / "model_index.json").write_bytes(b"\xff\xfe")
+
+
 def name_a_list(folder: Path) -> None:
     (folder / "model_index.json").write_text("[]")
 
@@ -199,6 +207,8 @@ def no_class(folder: Path) -> None:
             r"^unet of .*broken has only pickled weights \(diffusion_pytorch_model.bin\), which can run code",
         ),
         (remove_part, r"^.*broken has no folder 'vae' for the AutoencoderKL that its model_index.json names$"),
+        (deep_index, r"^.*model_index.json cannot be read \(.*\); copy the checkpoint again$"),
+        (no_text_index, r"^.*model_index.json cannot be read \(.*\); copy the checkpoint again$"),
         (remove_index, r"^.*broken has no model_index.json \(it is not in diffusers' layout\); give a folder made by a"),
         (single_model, r"^.*broken has no model_index.json \(it holds weights of a single model\); give a folder"),
         (damage_index, r"^.*model_index.json cannot be read \(.*\); copy the checkpoint again$"),

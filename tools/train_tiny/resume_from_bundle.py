@@ -51,12 +51,14 @@ def main() -> None:
     checkpoint(work / "vae.pt", {"vae": load_file(pipeline / "vae" / "diffusion_pytorch_model.safetensors")})
     unet = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     text = load_file(pipeline / "text_encoder" / "model.safetensors")
-    if added := extend(work / "tokenizer", PLACES):  # words that came later than the bundle: what they mean is yet to be learnt
-        name = next(key for key in text if key.endswith("token_embedding.weight"))
-        mean = text[name].float().mean(0, keepdim=True)
-        text[name] = torch.cat([text[name].float(), mean.expand(added, -1)])
+    clip = load_file(args.bundle / "clip" / "model.safetensors")
+    if added := extend(work / "tokenizer", PLACES):  # words that came later than the bundle, yet to be learnt
+        for state in (text, clip):
+            name = next(key for key in state if key.endswith("token_embedding.weight"))
+            weight = state[name].float()
+            state[name] = torch.cat([weight, weight.mean(0, keepdim=True).expand(added, -1)])
     checkpoint(work / "unet.pt", {"unet": unet, "text_encoder": text})
-    checkpoint(work / "clip.pt", {"clip": load_file(args.bundle / "clip" / "model.safetensors")})
+    checkpoint(work / "clip.pt", {"clip": clip})
     # Weights that are tied are stored once: a model with these weights knows them all.
     blip = captioner_stage.BlipForConditionalGeneration.from_pretrained(args.bundle / "captioner", dtype=torch.float32)
     checkpoint(work / "captioner.pt", {"captioner": blip.state_dict()})

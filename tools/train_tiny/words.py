@@ -143,5 +143,5 @@ def context(look: dict[str, Any], *, mirrored: bool = False, keep: Callable[[str
 
 
 def caption(subname: str, looks: dict[str, Any]) -> str:
-    """``a leopard frog, brown and green, on a white background`` (and what else `context` says)."""
-    return f"{article(subname)}, {context(looks)}"
+    """``a leopard frog, brown and green, on a white background`` (and ``, dark`` or ``, bright``), for captioner and CLIP."""
+    return f"{article(subname)}, {context(looks, keep=lambda name: name in ('object', 'background', 'light'))}"

@@ -155,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ModelLoadError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} is not a JSON object; copy the checkpoint again")
