@@ -1,9 +1,7 @@
 """From "variant 2 of this image" to a stored variant: what the service runs, and a process without a service, too."""
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -26,7 +24,6 @@ from sgid_transforms.variants.store import VariantStore
 _log = logging.getLogger("sgid_transforms")
 
 CLIP = "openai/clip-vit-base-patch32"
-_MOST_WRITING = 64  # made variants that wait for the disk
 
 Generate = Callable[[Sequence[GenerationRequest]], Sequence[GenerationResult]]
 """What makes images: a :class:`Generator`, or anything that is called like one."""
@@ -167,24 +164,16 @@ class Builder:
             return requests
 
         stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
-        # Files are written beside the model's work: to wait for the disk would leave it idle.
-        with ThreadPoolExecutor(1, "sgid-store") as writer:
-            writing: deque[tuple[Wanted, Future[Outcome]]] = deque()
-            try:
-                for results in stream(source):
-                    for request, result in results:
-                        one, record, key = asked.pop(request)
-                        writing.append((one, writer.submit(self._finish, one, request, record, key, result)))
-                    while writing and (writing[0][1].done() or len(writing) > _MOST_WRITING):
-                        one, outcome = writing.popleft()
-                        done.append((one, outcome.result()))
-                    if done:
-                        yield done
-                        done = []
-            except Exception:
-                self._count("failed", len(asked))
-                raise
-            done += [(one, outcome.result()) for one, outcome in writing]
+        try:
+            for results in stream(source):
+                for request, result in results:
+                    one, record, key = asked.pop(request)
+                    done.append((one, self._finish(one, request, record, key, result)))
+                yield done
+                done = []
+        except Exception:
+            self._count("failed", len(asked))
+            raise
         if done:
             yield done
 
