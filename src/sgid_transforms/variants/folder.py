@@ -131,9 +131,7 @@ class StoreFolder:
             for _ in range(_WRITE_ATTEMPTS - 1):
                 with contextlib.suppress(FileNotFoundError):
                     return self._publish_once(data, path)
-                # A folder is missing, or somebody swept the temporary file of a writer that looked dead from another layout.
-                for folder in (os.path.dirname(path), self.path(layout.TEMPORARY)):
-                    os.makedirs(folder, exist_ok=True)
+                # The folder was pruned, or somebody swept the temporary file of a writer that looked dead from another layout.
             return self._publish_once(data, path)
         except OSError as error:
             raise self._failed(f"could not write {path}", error) from error
@@ -273,6 +271,8 @@ class StoreFolder:
     def _publish_once(self, data: bytes, path: str) -> bool:
         temporary = self.path(f"{layout.TEMPORARY}/{_temporary_name()}")
         self._refuse_links(path, temporary)
+        for folder in (os.path.dirname(path), os.path.dirname(temporary)):  # before the file, which would be synced in vain
+            os.makedirs(folder, exist_ok=True)
         try:
             _write(temporary, data, fsync=self.fsync)
             return _give_name(temporary, path)
