@@ -1,7 +1,7 @@
 """Samples per second of a training loop: what the augmentation costs, with no variants yet, with all of them, and in between.
 
     python benchmarks/loader.py                                     # the bundled pictures, tiny, a small ResNet
-    python benchmarks/loader.py --service 5                         # what the service costs beside the generator alone
+    python benchmarks/loader.py --service 14                        # what the service costs beside the generator alone
     python benchmarks/loader.py --data FOLDER --model resnet50 --size 224 --generator stabilityai/sd-turbo --device cuda \\
         --workers 8 --batch-size 64 --steps 200 --warmup 20
 
@@ -183,7 +183,6 @@ def service_efficiency(rounds: int, args: argparse.Namespace, folder: Path) -> l
     args.captions, args.p, args.k = folder / "captions.sqlite", 1.0, 1
     base = sgid_of(args, folder / "none", "original")
     base.prepare(plain, progress=False)
-    generator = Generator.from_recipe(base.recipe, args.device, batch_size=args.generator_batch)
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     rows = []
     for number in range(rounds + 1):  # the first one warms both ways up
@@ -192,12 +191,16 @@ def service_efficiency(rounds: int, args: argparse.Namespace, folder: Path) -> l
         sgid = SGIDAugment(
             recipe=recipe, captions=args.captions, variants=store, p=1.0, variants_per_image=1, device=args.device
         )
+        # As new as the service's own: a generator keeps the prompts that it has encoded.
+        generator = Generator.from_recipe(recipe, args.device, batch_size=args.generator_batch)
         recorder = Recorder(generator)
         wanted = [Wanted(sgid.key_of(image), 0, to_uint8_chw(image)) for image, _ in plain]
-        Builder(recipe, recorder, VariantStore(folder / "recorded"), base.captions)(wanted)
+        others = [replace(one, variant=1) for one in wanted[:64]]  # they warm both models up
+        recording = Builder(recipe, recorder, VariantStore(folder / "recorded"), base.captions)
+        recording(wanted)
+        requests, recorder.requests = recorder.requests, []
+        recording(others)
         loader = DataLoader(SGIDDataset(plain, sgid, to_tensor), batch_size=args.batch_size, num_workers=args.workers)
-
-        others = [replace(one, variant=1) for one in wanted[:64]]  # the service's process is new: they warm its model up
 
         def served(sgid: SGIDAugment = sgid, loader: DataLoader[Any] = loader, others: Any = others) -> float:
             with sgid.serve(max_batch=args.batch_size, batch_size=args.generator_batch) as service:
@@ -207,16 +210,16 @@ def service_efficiency(rounds: int, args: argparse.Namespace, folder: Path) -> l
                     pass
                 return time.perf_counter() - start
 
-        def direct(requests: Sequence[GenerationRequest] = tuple(recorder.requests)) -> float:
+        def direct(generator: Generator = generator, warm_up: Any = recorder.requests, requests: Any = requests) -> float:
+            generator(warm_up)
             start = time.perf_counter()
             generator(requests)
             return time.perf_counter() - start
 
         seconds = {way: way() for way in ((served, direct) if number % 2 else (direct, served))}
-        count = len(recorder.requests)
         if number:
-            assert sgid.stats().generated == count + len(others), sgid.stats()
-            rows.append({"service": count / seconds[served], "direct": count / seconds[direct]})
+            assert sgid.stats().generated == len(requests) + len(others), sgid.stats()
+            rows.append({"service": len(requests) / seconds[served], "direct": len(requests) / seconds[direct]})
             rows[-1]["ratio"] = rows[-1]["service"] / rows[-1]["direct"]
             print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
     return rows
