@@ -152,7 +152,7 @@ def test_a_reader_sees_no_half_transaction_and_does_not_wait_for_the_writer(tmp_
         yield CaptionRecord("bb", "new")
 
     writer.put_many(records())
-    with writer._database.writing() as connection:
+    with writer._database.writing(None) as connection:
         connection.execute("UPDATE captions SET caption = 'newest'")
         assert {r.caption for r in reader} == {"new"}
     assert {r.caption for r in reader} == {"newest"}
@@ -165,7 +165,7 @@ def test_a_writer_that_waits_in_vain_gives_up_with_a_sentence(tmp_path, monkeypa
     first, second = (CaptionStore(tmp_path / "captions.sqlite") for _ in range(2))
     first.put(CaptionRecord("aa", "x"))
     assert second.get("aa") is not None
-    with first._database.writing(), pytest.raises(StoreError, match="another process has been writing"):
+    with first._database.writing(None), pytest.raises(StoreError, match="another process has been writing"):
         second.put(CaptionRecord("bb", "x"))
     second.put(CaptionRecord("bb", "x"))
     first.close()

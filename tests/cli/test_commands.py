@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 
@@ -241,6 +242,23 @@ def test_a_changed_text_puts_variants_out_of_date_and_prune_removes_them(fake_sg
     assert (json.loads(out)["outdated"], json.loads(out)["report"]["checked"]) == (0, 8)
     _, out, _ = fake_sgid("export", "data", "out", "--json")
     assert json.loads(out)["report"]["variants"] == 8
+
+
+def test_verify_finds_a_damaged_caption_and_generate_writes_it_again(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    assert fake_sgid("generate", "data", "-k", "1")[0] == 0
+    raw = sqlite3.connect(tmp_path / "captions.sqlite")
+    with raw:  # an edit would be welcome, but not with the digest of the old text
+        raw.execute("UPDATE captions SET digest = digest + 1 WHERE key = (SELECT min(key) FROM captions)")
+    raw.close()
+    code, out, _ = fake_sgid("verify", "--captions", "captions.sqlite")
+    assert (code, out.splitlines()[0]) == (3, "4 captions checked, 1 damaged")
+    code, out, _ = fake_sgid("verify", "--captions", "captions.sqlite", "--json")
+    assert (code, json.loads(out)["ok"], len(json.loads(out)["captions"]["damaged"])) == (3, False, 1)
+    assert fake_sgid("verify", "--captions", "captions.sqlite", "--repair")[0] == 0
+    assert "1 written now" in fake_sgid("generate", "data", "-k", "1")[1]
+    code, out, _ = fake_sgid("verify", "--captions", "captions.sqlite")
+    assert (code, out.splitlines()[0]) == (0, "4 captions checked, 0 damaged")
 
 
 def test_ctrl_c_where_nothing_is_at_stake_ends_without_a_traceback(fake_sgid, monkeypatch, tmp_path):

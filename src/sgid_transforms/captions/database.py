@@ -5,25 +5,36 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+from sgid_transforms.captions.record import COLUMNS, digest_of, from_row
 from sgid_transforms.errors import StoreError
 
 _APPLICATION_ID = 0x53474944  # "SGID"
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = """
 CREATE TABLE captions (
     key TEXT PRIMARY KEY NOT NULL, caption TEXT NOT NULL, label TEXT, similarity REAL, rank REAL,
-    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT
+    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT, digest INTEGER
 ) WITHOUT ROWID
 """
-_FROM_VERSION_1 = ("ALTER TABLE captions ADD COLUMN scorer TEXT", "ALTER TABLE captions ADD COLUMN prompt TEXT")
-_VIEW_OF_VERSION_1 = "CREATE TEMP VIEW captions AS SELECT *, NULL AS scorer, NULL AS prompt FROM main.captions"
+_ADDED = {2: ("scorer TEXT", "prompt TEXT"), 3: ("digest INTEGER",)}
+"""Columns by the version of the schema that added them."""
+
+# A row whose digest is NULL is taken as it is: another program has edited it.
+_EDITED = f"""
+CREATE TRIGGER edited AFTER UPDATE OF {", ".join(COLUMNS)} ON captions
+BEGIN UPDATE captions SET digest = NULL WHERE key = NEW.key; END
+"""
+_ALL = ", ".join(COLUMNS)
+_CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
 
 _BUSY_SECONDS = 30.0
 _CACHE_KIB = 16384
+_SALVAGE_DEPTH = 4  # leading hexadecimal digits of a key whose rows are given up together
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs"} | {
     f"fuse.{name}" for name in ("glusterfs", "sshfs", "s3fs", "ceph")
 }
@@ -33,7 +44,7 @@ _HINTS = (
     ("full", "free some space"),
     ("readonly", "write to a copy of it"),
     ("not a database", "it is no SQLite file: choose another path"),
-    ("malformed", "it is damaged: restore it, or recover it with the sqlite3 tool's .recover"),
+    ("malformed", "it is damaged: save what can be read with `sgid verify --captions FILE --repair`"),
 )
 
 
@@ -84,17 +95,42 @@ class Database:
             raise self._failed("read", error) from error
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: committed at the end, rolled back by any exception."""
+    def writing(self, keys: Sequence[str] | None) -> Iterator[sqlite3.Connection]:
+        """One transaction: committed at the end, rolled back by any exception.
+
+        Args:
+            keys: Whose rows are to change; None: any. Damaged ones are moved to the table ``damaged`` first, so that nothing
+                builds on them, and all get their digests at the end.
+        """
         try:
             handle = self._handle()
             if not handle.writable:
                 why = "was opened with readonly=True" if self.readonly else "is write-protected or on read-only media"
                 raise StoreError(f"the caption store {self.path} {why}; write to a copy of it")
             with _transaction(handle.connection):
+                _set_aside_damaged(handle.connection, keys)
                 yield handle.connection
+                _seal(handle.connection, keys)
         except sqlite3.Error as error:
             raise self._failed("write", error) from error
+
+    def readable(self) -> dict[str, tuple[Any, ...]]:
+        """The rows by key, with their digests, around whatever part of the file cannot be read."""
+        rows: dict[str, tuple[Any, ...]] = {}
+        statement = f"SELECT {_ALL}, digest FROM captions"
+
+        def read(connection: sqlite3.Connection, prefix: str) -> None:
+            where = (" WHERE key >= ? AND key < ?", (prefix, f"{prefix}g")) if prefix else ("", ())
+            try:
+                for row in connection.execute(statement + where[0], where[1]):
+                    rows.setdefault(str(row[0]), row)
+            except sqlite3.DatabaseError:
+                for digit in "0123456789abcdef" if len(prefix) < _SALVAGE_DEPTH else "":
+                    read(connection, prefix + digit)
+
+        with self.reading() as connection:
+            read(connection, "")
+        return rows
 
     def close(self) -> None:
         """Close this process's connections; the next use opens new ones. No other thread may be at work with them."""
@@ -144,7 +180,8 @@ class Database:
             elif version == 0:
                 raise StoreError(f"the caption store {self.path} is empty; open it without readonly=True to fill it")
             elif version < _VERSION:
-                connection.execute(_VIEW_OF_VERSION_1)
+                lacking = ", ".join(f"NULL AS {column.split()[0]}" for column in _added_since(version))
+                connection.execute(f"CREATE TEMP VIEW captions AS SELECT *, {lacking} FROM main.captions")
             connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         except BaseException:
             connection.close()
@@ -171,14 +208,44 @@ class Database:
         with _transaction(connection):
             version = self._version(connection)  # asked again, now that nobody else can be changing it
             if version < _VERSION:
-                for statement in _FROM_VERSION_1 if version else (_SCHEMA, f"PRAGMA application_id={_APPLICATION_ID}"):
+                alter = [f"ALTER TABLE captions ADD COLUMN {column}" for column in _added_since(version)]
+                for statement in alter if version else (_SCHEMA, f"PRAGMA application_id={_APPLICATION_ID}"):
                     connection.execute(statement)
+                connection.execute(_EDITED)
+                _seal(connection, None)
+                connection.execute("CREATE TABLE damaged AS SELECT * FROM captions WHERE FALSE")
                 connection.execute(f"PRAGMA user_version={_VERSION}")
 
     def _failed(self, verb: str, error: sqlite3.Error) -> StoreError:
         text = str(error)
         hint = next((hint for part, hint in _HINTS if part in text), "check the file and its folder")
         return StoreError(f"could not {verb} the caption store {self.path}: {text}; {hint}")
+
+
+def _added_since(version: int) -> list[str]:
+    return [column for added, columns in _ADDED.items() if added > version for column in columns]
+
+
+def in_chunks(keys: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Conditions that select the rows of ``keys``, with their parameters."""
+    for start in range(0, len(keys), _CHUNK):
+        chunk = keys[start : start + _CHUNK]
+        yield f"key IN ({','.join('?' * len(chunk))})", chunk
+
+
+def _set_aside_damaged(connection: sqlite3.Connection, keys: Sequence[str] | None) -> None:
+    same = "FROM captions WHERE CAST(key AS BLOB) = ?"  # a damaged key may not be text any more
+    for where, parameters in [("TRUE", ())] if keys is None else in_chunks(keys):
+        rows = connection.execute(f"SELECT CAST(key AS BLOB), {_ALL}, digest FROM captions WHERE {where}", parameters)
+        damaged = [row[:1] for row in rows if from_row(row[1:]) is None]
+        connection.executemany(f"INSERT INTO damaged SELECT * {same}", damaged)
+        connection.executemany(f"DELETE {same}", damaged)
+
+
+def _seal(connection: sqlite3.Connection, keys: Sequence[str] | None) -> None:
+    for where, parameters in [("digest IS NULL", ())] if keys is None else in_chunks(keys):
+        rows = connection.execute(f"SELECT {_ALL} FROM captions WHERE {where}", parameters).fetchall()
+        connection.executemany("UPDATE captions SET digest = ? WHERE key = ?", [(digest_of(row), row[0]) for row in rows])
 
 
 @contextlib.contextmanager
@@ -194,7 +261,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _decoded(data: bytes) -> str:
-    return data.decode("utf-8", "replace")  # a damaged letter must not make a record unreadable
+    return data.decode("utf-8", "replace")  # a damaged letter must not make other records unreadable
 
 
 def _is_writable(path: Path) -> bool:

@@ -1,7 +1,9 @@
 """One image's caption and what belongs to it."""
 
+import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,12 +74,24 @@ def to_row(record: CaptionRecord) -> tuple[object, ...]:
     )
 
 
-def from_row(row: tuple[Any, ...]) -> CaptionRecord:
-    """A record out of the columns ``COLUMNS``."""
+def from_row(row: tuple[Any, ...]) -> CaptionRecord | None:
+    """A record out of the columns ``COLUMNS`` and ``digest``, or ``None`` if it is not as it was written.
+
+    Rows without a digest, of stores from before schema 3 or of other programs, are taken as they are.
+    """
+    digest, row = row[-1], row[:-1]
+    if digest is not None and digest != digest_of(row):
+        return None
     path = row[7]
     if isinstance(path, bytes):
         row = (*row[:7], os.fsdecode(path), *row[8:])
     return CaptionRecord(*row)
+
+
+def digest_of(row: Sequence[object]) -> int:
+    """64 bits over the columns ``COLUMNS``, as SQLite gives them."""
+    text = "\0".join(map(str, row))  # short, because every hit of the transform comes here
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def check_key(key: object) -> str:

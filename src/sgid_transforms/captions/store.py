@@ -1,21 +1,29 @@
 """Captions, labels and similarities by image key, in one SQLite file."""
 
+import contextlib
+import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sgid_transforms.captions import exchange
-from sgid_transforms.captions.database import Database
+from sgid_transforms.captions.database import Database, in_chunks
 from sgid_transforms.captions.record import COLUMNS, CaptionRecord, check_key, from_row, to_row
 from sgid_transforms.errors import StoreError
+from sgid_transforms.files import show
 from sgid_transforms.recipe.guidance import rank_similarities
 
+_log = logging.getLogger("sgid_transforms")
+
 _ALL = ", ".join(COLUMNS)
-_GET = f"SELECT {_ALL} FROM captions WHERE key = ?"
-_CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
+_SELECT = f"SELECT {_ALL}, digest FROM captions"
+# A damaged key may not be text any more.
+_NEXT = f"SELECT CAST(key AS BLOB), {_ALL}, digest FROM captions WHERE key > CAST(? AS TEXT) ORDER BY key LIMIT 500"
 
 
 def _upsert(*, take: str, first: str, second: str) -> str:
@@ -55,6 +63,26 @@ _PUT = _upsert(take="(excluded.source = 'human' OR captions.source <> 'human')",
 _MERGE = _upsert(take="(excluded.source = 'human' AND captions.source <> 'human')", first="captions", second="excluded")
 
 
+@dataclass(frozen=True)
+class CaptionsReport:
+    """What :meth:`CaptionStore.verify` found.
+
+    Args:
+        checked: Records that could be read.
+        damaged: Keys of those that are not as they were written.
+        broken: What SQLite says of the file; None: it is whole.
+    """
+
+    checked: int
+    damaged: tuple[str, ...] = ()
+    broken: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damaged and self.broken is None
+
+
 class CaptionStore:
     """Captions by image key, in one SQLite file, for one writer at a time and any number of readers.
 
@@ -76,6 +104,7 @@ class CaptionStore:
         if not isinstance(text, str) or not text or "\0" in text:
             raise StoreError(f"caption store path {text!r} is empty, of bytes, or holds a NUL character; choose another one")
         self._database = Database(Path(text).expanduser(), readonly=readonly)
+        self._damaged_seen = 0
 
     @property
     def path(self) -> Path:
@@ -99,19 +128,17 @@ class CaptionStore:
     def get(self, key: str) -> CaptionRecord | None:
         """The record of one image, or ``None``."""
         with self._database.reading() as connection:
-            row = connection.execute(_GET, (check_key(key),)).fetchone()
-        return None if row is None else from_row(row)
+            row = connection.execute(f"{_SELECT} WHERE key = ?", (check_key(key),)).fetchone()
+        return None if row is None else self._sound(row)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, CaptionRecord]:
         """The records of those keys that have one."""
         checked = [check_key(key) for key in keys]
         found: dict[str, CaptionRecord] = {}
         with self._database.reading() as connection:
-            for start in range(0, len(checked), _CHUNK):
-                chunk = checked[start : start + _CHUNK]
-                marks = ",".join("?" * len(chunk))
-                rows = connection.execute(f"SELECT {_ALL} FROM captions WHERE key IN ({marks})", chunk)
-                found.update((row[0], from_row(row)) for row in rows)
+            for where, parameters in in_chunks(checked):
+                rows = connection.execute(f"{_SELECT} WHERE {where}", parameters)
+                found.update((row[0], record) for row in rows if (record := self._sound(row)) is not None)
         return found
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -136,7 +163,7 @@ class CaptionStore:
         """
         rows = [to_row(record) for record in records]
         if rows:
-            with self._database.writing() as connection:
+            with self._database.writing([str(row[0]) for row in rows]) as connection:
                 connection.executemany(_PUT, rows)
 
     def set_similarities(self, similarities: Mapping[str, float | None]) -> None:
@@ -146,7 +173,7 @@ class CaptionStore:
             similarities: Key -> cosine of (image, prompt). Keys without a record are left out.
         """
         rows = [(to_row(CaptionRecord(key, "", similarity=value))[3], key) for key, value in similarities.items()]
-        with self._database.writing() as connection:
+        with self._database.writing(list(similarities)) as connection:
             connection.executemany("UPDATE captions SET similarity = ?, rank = NULL WHERE key = ?", rows)
 
     def set_ranks(self, *, keep: bool = False) -> int:
@@ -160,7 +187,7 @@ class CaptionStore:
                 must not change when more images come. Only where fewer than half of the similarities have a rank, all are
                 ranked anew.
         """
-        with self._database.writing() as connection:
+        with self._database.writing(None) as connection:
             connection.execute("UPDATE captions SET rank = NULL WHERE similarity IS NULL AND rank IS NOT NULL")
             rows = connection.execute(
                 "SELECT scorer, key, similarity, rank FROM captions WHERE similarity IS NOT NULL"
@@ -174,20 +201,19 @@ class CaptionStore:
     def remove(self, keys: Iterable[str]) -> None:
         """Remove the records of ``keys``, human ones as well, so that they are captioned again."""
         rows = [(check_key(key),) for key in keys]
-        with self._database.writing() as connection:
+        with self._database.writing(()) as connection:
             connection.executemany("DELETE FROM captions WHERE key = ?", rows)
 
     def __iter__(self) -> Iterator[CaptionRecord]:
         """All records by key. The store may be written meanwhile: each record is then seen as it is when its turn comes."""
-        last = ""
+        last = b""
         while True:
             with self._database.reading() as connection:
-                rows = connection.execute(f"SELECT {_ALL} FROM captions WHERE key > ? ORDER BY key LIMIT {_CHUNK}", (last,))
-                page: list[tuple[Any, ...]] = rows.fetchall()
-            if not page:
+                page = connection.execute(_NEXT, (last,)).fetchall()
+            if not page or page[-1][0] <= last:  # the second only in a damaged file
                 return
             last = page[-1][0]
-            yield from map(from_row, page)
+            yield from (record for row in page if (record := self._sound(row[1:])) is not None)
 
     def __len__(self) -> int:
         with self._database.reading() as connection:
@@ -208,7 +234,7 @@ class CaptionStore:
         """
         source = CaptionStore(other.path if isinstance(other, CaptionStore) else other, readonly=True)
         try:
-            with self._database.writing() as connection:
+            with self._database.writing(None) as connection:
                 connection.executemany(_MERGE, map(to_row, source))
         finally:
             source.close()
@@ -258,9 +284,68 @@ class CaptionStore:
         self.put_many(records)
         return len(records)
 
+    @property
+    def damaged_seen(self) -> int:
+        """How many damaged records this object has met. Each counts as missing: the image is captioned again."""
+        return self._damaged_seen
+
+    def verify(self, *, repair: bool = False) -> CaptionsReport:
+        """Read the whole file and compare each record with its digest.
+
+        Args:
+            repair: Move damaged records to the table ``damaged`` of the file. If the file itself is damaged, what can be read
+                goes into a new one in its place, and the old one is kept beside it as ``NAME.damaged``; nothing else may be
+                using it meanwhile.
+
+        Raises:
+            StoreError: It is not a SQLite file any more, or cannot be repaired.
+        """
+        with self._database.reading() as connection:
+            try:
+                text = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+            except sqlite3.DatabaseError as error:
+                text = str(error)
+        broken = None if text == "ok" else text.splitlines()[-1]
+        rows = self._database.readable()
+        damaged = tuple(key for key, row in rows.items() if from_row(row) is None)
+        if repair and broken:
+            self._rebuild([record for row in rows.values() if (record := from_row(row)) is not None])
+        elif repair and damaged:
+            with self._database.writing(None):
+                pass
+        return CaptionsReport(len(rows), damaged, broken)
+
     def close(self) -> None:
         """Close this process's connections; the next use opens the file again."""
         self._database.close()
+
+    def _sound(self, row: tuple[Any, ...]) -> CaptionRecord | None:
+        record = from_row(row)
+        if record is None:
+            if not self._damaged_seen:
+                _log.warning(
+                    "the record of image %s in %s is damaged and counts as missing (further ones are not logged)",
+                    show(str(row[0])), self.path,
+                )  # fmt: skip
+            self._damaged_seen += 1
+        return record
+
+    def _rebuild(self, records: Sequence[CaptionRecord]) -> None:
+        """Put a new file with ``records`` in the place of a damaged one, which is kept."""
+        self.close()
+        new, old = CaptionStore(f"{self.path}.repaired"), Path(f"{self.path}.damaged")
+        if old.exists():
+            raise StoreError(f"{old} is there from an earlier repair; move it away first")
+        new.path.unlink(missing_ok=True)
+        new.put_many(records)
+        new.close()
+        try:
+            for end in ("-wal", "-shm", ""):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(f"{self.path}{end}", f"{old}{end}")
+            os.rename(new.path, self.path)
+        except OSError as error:
+            raise StoreError(f"{self.path} could not be replaced by {new.path}: {error.strerror}") from error
 
 
 def _ranked(rows: Sequence[tuple[str, float, float | None]], *, keep: bool) -> list[tuple[float | None, str]]:

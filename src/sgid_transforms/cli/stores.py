@@ -13,10 +13,12 @@ from sgid_transforms.errors import StoreError
 from sgid_transforms.files import show
 
 if TYPE_CHECKING:
+    from sgid_transforms.captions.store import CaptionsReport
     from sgid_transforms.recipe.recipe import Recipe
     from sgid_transforms.variants.store import VariantRef, VariantStore
 
 _Texts = Annotated[Path | None, typer.Option("--captions", metavar="FILE", help="Caption store, to find outdated variants.")]
+_Checked = Annotated[Path | None, typer.Option("--captions", metavar="FILE", help="Caption store, to check it as well.")]
 
 
 def export(
@@ -63,16 +65,19 @@ def export(
 def verify(
     variants: options.Store = Path("variants"),
     repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to DIR/quarantine.")] = False,
-    captions: _Texts = None,
+    captions: _Checked = None,
     recipe: options.RecipeFile = None,
     model: options.Model = None,
     json: options.Json = False,
 ) -> int:
-    """Check every file of a variant store.
+    """Check every file of a variant store, and captions.
 
     Each is read, decoded, and compared with its digest. After --repair, `sgid generate` makes what was damaged again. With
-    --captions, variants of the recipe that training does not find any more are counted: their text has changed since.
+    --captions, every record is compared with its digest, and variants of the recipe that training does not find any more are
+    counted: their text has changed since. A caption store that is damaged as a file is replaced by what can be read of it;
+    the old one stays beside it as FILE.damaged.
     """
+    texts = _check_captions(captions, repair) if captions is not None else None
     store = options.variant_store(variants, readonly=not repair)
     try:
         report = store.verify(repair=repair, progress=bar("checking", "file", json))
@@ -85,8 +90,13 @@ def verify(
             fail(f"could not repair {variants}: {left} files could not be moved; check that the folder can be written")
     outdated = len(_outdated(store, captions, options.recipe_from(recipe, model))) if captions is not None else None
     if json:
-        say_json({"store": variants, "ok": report.ok, "report": report, "outdated": outdated})
+        ok = report.ok and (texts is None or texts.ok)
+        say_json({"store": variants, "ok": ok, "report": report, "outdated": outdated, "captions": texts})
     else:
+        if texts is not None:
+            say(f"{texts.checked} captions checked, {len(texts.damaged)} damaged{f'; {texts.broken}' if texts.broken else ''}")
+            for key in texts.damaged:
+                say(f"  damaged: {show(key)}")
         if outdated is not None:
             say(f"{outdated} out of date: the caption, label or guidance of their image has changed (sgid prune removes them)")
         say(f"{report.checked} files checked, {len(report.damaged)} damaged, {len(report.foreign)} foreign")
@@ -96,7 +106,7 @@ def verify(
             say(f"{report.repaired} moved to {variants / 'quarantine'}")
         elif found:
             say("run `sgid verify --repair` to move them aside, then `sgid generate` to make them again")
-    return PARTIAL if len(found) > report.repaired else 0
+    return PARTIAL if len(found) > report.repaired or not (texts is None or texts.ok or repair) else 0
 
 
 def prune(
@@ -155,6 +165,12 @@ def _recipe(name: str) -> "Recipe":
     from sgid_transforms.recipe.recipe import Recipe
 
     return Recipe.from_toml(name) if name.endswith(".toml") else Recipe(model=name)
+
+
+def _check_captions(captions: Path, repair: bool) -> "CaptionsReport":
+    from sgid_transforms.captions.store import CaptionStore
+
+    return CaptionStore(captions, readonly=not repair).verify(repair=repair)
 
 
 def _outdated(store: "VariantStore", captions: Path, recipe: "Recipe") -> "list[VariantRef]":

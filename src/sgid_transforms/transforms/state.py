@@ -206,7 +206,7 @@ class SharedState:
         self._width = len(self.names) + 1  # the first number of a row is the process id
         self._index = {name: index for index, name in enumerate(self.names, start=1)}
         self._file = os.open(os.path.join(self._path, "state"), os.O_RDWR)  # kept open: its path may be cleaned away
-        weakref.finalize(self, os.close, self._file)
+        weakref.finalize(self, os.close, self._file).atexit = False  # at exit, daemon threads may still count
         self._map = mmap.mmap(self._file, 0)
         whole = memoryview(self._map)
         self._version = whole[:16].cast("q")

@@ -1,0 +1,243 @@
+"""Damaged caption stores: a wrong text never comes back; what can be saved is saved."""
+
+import logging
+import random
+import shutil
+import sqlite3
+from dataclasses import fields, replace
+
+import pytest
+
+from sgid_transforms.captions import CaptionRecord, CaptionStore
+from sgid_transforms.captions.record import COLUMNS, digest_of, from_row, to_row
+from sgid_transforms.errors import StoreError
+
+FULL = CaptionRecord("ab12", "a cat on a mat", "cat", 0.25, 0.5, "blip", "model", "train/cat/1.png", "clip", "a photo of a cat")
+RECORDS = [
+    replace(FULL, key=f"{i * 0x01234567 % 2**32:08x}", caption=f"picture {i} " + "of a cat " * 9, similarity=i / 1000)
+    for i in range(1000)
+]
+OTHERS = {
+    "caption": "a dog on a mat", "label": "dog", "similarity": 0.75, "rank": 0.25, "captioner": "human", "source": "human",
+    "path": "train/dog/1.png", "scorer": "other", "prompt": "a photo of a dog",
+}  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CaptionStore(tmp_path / "captions.sqlite")
+    yield store
+    store.close()
+
+
+def damage(path, change, *parameters):
+    """Change rows as rot does: unseen by the file's own trigger."""
+    raw = sqlite3.connect(path)
+    (trigger,) = raw.execute("SELECT sql FROM sqlite_master WHERE name = 'edited'").fetchone()
+    with raw:
+        raw.execute("DROP TRIGGER edited")
+        raw.execute(f"UPDATE captions SET {change}", parameters)
+        raw.execute(trigger)
+    raw.close()
+
+
+def flip(path, rng, count=1):
+    data = bytearray(path.read_bytes())
+    for _ in range(count):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def test_the_cases_cover_every_field():
+    assert set(OTHERS) == {field.name for field in fields(CaptionRecord)} - {"key"}
+
+
+class TestRows:
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_a_changed_field_makes_the_record_missing(self, store, name, caplog):
+        store.put_many([FULL, replace(FULL, key="cd34")])
+        damage(store.path, f"{name} = ? WHERE key = 'ab12'", OTHERS[name])
+        with caplog.at_level(logging.WARNING):
+            assert store.get("ab12") is None
+            assert store.get_many(["ab12", "cd34"]) == {"cd34": replace(FULL, key="cd34")}
+            assert [record.key for record in store] == ["cd34"]
+            assert store.missing(["ab12", "cd34"]) == ["ab12"]
+        assert store.damaged_seen == 4
+        assert [record.message for record in caplog.records] == [
+            f"the record of image ab12 in {store.path} is damaged and counts as missing (further ones are not logged)"
+        ]
+
+    @pytest.mark.parametrize("value", [b"a c\xff\xfet", 7, 0.5, b"", ""], ids=repr)
+    def test_so_does_a_field_of_another_kind(self, store, value):
+        store.put(FULL)
+        damage(store.path, "caption = ?", value)
+        assert store.get("ab12") is None
+
+    @pytest.mark.parametrize("source", ["model", "human"])
+    def test_what_is_written_anew_replaces_it_and_builds_on_nothing_of_it(self, store, source):
+        store.put(replace(FULL, source=source))
+        damage(store.path, "label = 'dog'")
+        fresh = CaptionRecord("ab12", FULL.caption, captioner="blip")
+        store.put(fresh)
+        assert store.get("ab12") == fresh
+        with store._database.reading() as connection:  # kept for people
+            assert connection.execute("SELECT key, label FROM damaged").fetchall() == [("ab12", "dog")]
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda store: store.set_similarities({"ab12": 0.5}),
+            lambda store: store.set_ranks(),
+            lambda store: store.set_ranks(keep=True),
+            lambda store: store.put(replace(FULL, caption="other", source="model")),
+        ],
+    )
+    def test_no_write_gives_a_damaged_row_a_digest_that_fits(self, store, write):
+        store.put_many([replace(FULL, source="human"), replace(FULL, key="cd34")])
+        damage(store.path, "caption = 'a dog' WHERE key = 'ab12'")
+        write(store)
+        found = store.get("ab12")
+        assert found is None or found.caption == "other"
+        assert store.get("cd34") is not None
+
+    def test_a_damaged_key_is_found_by_no_key_and_ends_no_walk(self, store):
+        store.put_many([FULL, replace(FULL, key="cd34")])
+        damage(store.path, "key = CAST(x'ff3132' AS TEXT) WHERE key = 'ab12'")
+        assert [record.key for record in store] == ["cd34"]
+        assert store.verify(repair=True).damaged == ("�12",)
+        assert store.verify().ok
+        assert len(store) == 1
+
+    def test_a_merge_takes_no_damaged_row_from_either_side(self, store, tmp_path):
+        other = CaptionStore(tmp_path / "other.sqlite")
+        store.put(replace(FULL, label=None))
+        other.put_many([FULL, replace(FULL, key="cd34")])
+        damage(store.path, "caption = 'rot'")
+        damage(other.path, "caption = 'rot' WHERE key = 'cd34'")
+        store.merge(other)
+        assert list(store) == [FULL]
+
+    def test_what_other_programs_write_counts(self, store):
+        store.put(FULL)
+        store.close()
+        raw = sqlite3.connect(store.path)
+        with raw:
+            raw.execute("INSERT INTO captions (key, caption, captioner, source) VALUES ('ef', 'a bird', '', 'human')")
+            raw.execute("UPDATE captions SET caption = 'my cat', source = 'human' WHERE key = 'ab12'")
+        raw.close()
+        assert store.get("ef") == CaptionRecord("ef", "a bird", source="human")
+        assert store.get("ab12").caption == "my cat"
+        assert store.verify().ok
+        store.set_similarities({"ab12": 0.5})
+        damage(store.path, "caption = 'rot'")  # from then on it has a digest
+        assert store.get("ab12") is None
+
+    def test_the_digest_is_that_of_earlier_runs(self):
+        """Written into files: it must never change."""
+        assert digest_of(to_row(FULL)) == -6355062271402458429
+        assert digest_of(to_row(CaptionRecord("ef", "ünï", path="a/\udcff"))) == -2158021228650427767
+
+    def test_values_do_not_run_into_each_other(self):
+        row = to_row(FULL)
+        swapped = (row[0], row[1] + "cat", "", *row[3:])
+        assert digest_of(swapped) != digest_of((row[0], row[1], "cat", *row[3:]))
+        assert from_row((*row, digest_of(row))) == FULL
+
+
+class TestOlderStores:
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_are_read_as_they_are_and_get_digests_when_they_are_written(self, tmp_path, version):
+        path = tmp_path / "old.sqlite"
+        columns = COLUMNS if version == 2 else COLUMNS[:8]
+        raw = sqlite3.connect(path)
+        with raw:
+            raw.execute(f"CREATE TABLE captions ({', '.join(columns)}, PRIMARY KEY (key)) WITHOUT ROWID")
+            raw.execute(f"INSERT INTO captions VALUES ({', '.join('?' * len(columns))})", to_row(FULL)[: len(columns)])
+            raw.execute(f"PRAGMA application_id={0x53474944}")
+            raw.execute(f"PRAGMA user_version={version}")
+        raw.close()
+        expected = FULL if version == 2 else replace(FULL, scorer=None, prompt=None)
+        assert CaptionStore(path, readonly=True).get("ab12") == expected
+        store = CaptionStore(path)
+        assert store.get("ab12") == expected
+        damage(store.path, "label = 'dog'")
+        assert store.get("ab12") is None
+
+
+class TestFiles:
+    @pytest.mark.parametrize("part", ["", "-wal"])
+    def test_no_flipped_bit_ever_gives_a_wrong_record(self, tmp_path, part):
+        """Each try either gives the record as it was written, none, or a StoreError."""
+        whole = tmp_path / "whole.sqlite"
+        store = CaptionStore(whole)
+        store.put_many(RECORDS[:500])
+        if part:  # the second half stays in the log while the connection is open
+            store.put_many(RECORDS[500:])
+        else:
+            store.put_many(RECORDS[500:])
+            store.close()
+        right, rng, wrong, gone = {record.key: record for record in RECORDS}, random.Random(7), 0, 0
+        for number in range(60):
+            path = tmp_path / f"{number}.sqlite"
+            for end in ("", "-wal"):
+                if (source := whole.with_name(whole.name + end)).exists():
+                    shutil.copy(source, path.with_name(path.name + end))
+            flip(path.with_name(path.name + part), rng, count=30)
+            damaged = CaptionStore(path)
+            try:
+                found = damaged.get_many(right)
+                found |= {record.key: record for record in damaged}
+                wrong += sum(record != right[key] for key, record in found.items())
+                gone += len(right) - len(found)
+            except StoreError:
+                gone += 1
+            damaged.close()
+        store.close()
+        assert wrong == 0
+        assert gone > 0
+
+    def test_repair_saves_what_can_be_read_and_keeps_the_old_file(self, store):
+        store.put_many(RECORDS)
+        store.close()
+        data = bytearray(store.path.read_bytes())
+        data[5 * 4096 : 6 * 4096] = bytes(4096)  # a page of the middle
+        store.path.write_bytes(data)
+        report = store.verify()
+        assert report.broken
+        assert not report.ok
+        assert 0 < report.checked < len(RECORDS)
+        with pytest.raises(StoreError, match="sgid verify --captions FILE --repair"):
+            list(store)
+        store.verify(repair=True)
+        assert store.verify().ok
+        saved = list(store)
+        assert len(saved) == report.checked
+        assert set(saved) <= set(RECORDS)
+        assert store.path.with_name("captions.sqlite.damaged").read_bytes() == bytes(data)
+
+    def test_a_second_repair_does_not_overwrite_what_the_first_one_kept(self, store):
+        for _ in range(2):
+            store.put_many(RECORDS)
+            store.close()
+            data = bytearray(store.path.read_bytes())
+            data[5 * 4096 : 6 * 4096] = bytes(4096)
+            store.path.write_bytes(data)
+            if store.path.with_name("captions.sqlite.damaged").exists():
+                with pytest.raises(StoreError, match=r"captions.sqlite.damaged is there from an earlier repair"):
+                    store.verify(repair=True)
+            else:
+                store.verify(repair=True)
+
+    def test_a_file_without_its_header_cannot_be_saved_and_says_so(self, store):
+        store.put(FULL)
+        store.close()
+        store.path.write_bytes(b"\0" * 100 + store.path.read_bytes()[100:])
+        with pytest.raises(StoreError, match="it is no SQLite file"):
+            store.verify(repair=True)
+
+    def test_a_whole_store_is_whole(self, store):
+        store.put_many(RECORDS)
+        report = store.verify()
+        assert report.ok
+        assert report.checked == len(RECORDS)
+        assert CaptionStore(store.path, readonly=True).verify() == report
