@@ -1,11 +1,13 @@
-"""Small things that every room needs around files and processes: whole writes, locks, which job this is, names for people."""
+"""Small things that every room needs around files and processes: whole writes, locks, waiting, which job this is, names."""
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +16,47 @@ try:
     import fcntl
 except ImportError:  # pragma: no cover (not a POSIX system: nothing is locked there)
     fcntl = None  # type: ignore[assignment]
+
+QUIET_SECONDS = 30.0
+"""After so long without progress, whatever waits says what it waits for."""
+
+_log = logging.getLogger("sgid_transforms")
+
+
+class Waiting:
+    """A wait for another process: it is told once when nothing happens for long, and may have a deadline.
+
+    Args:
+        what: What is waited for, as the log is to name it.
+        timeout: Seconds until the deadline; None: there is none.
+    """
+
+    def __init__(self, what: str, timeout: float | None = None) -> None:
+        self.what, self.timeout = what, timeout
+        self._start = self._since = time.monotonic()
+        self._told = False
+
+    def progress(self) -> None:
+        """Something has happened: the quiet begins anew."""
+        self._since = time.monotonic()
+        self._told = False
+
+    def check(self) -> float:
+        """Tell what is to be told; returns the seconds until something is due again.
+
+        Raises:
+            TimeoutError: The deadline has passed.
+        """
+        now = time.monotonic()
+        if self.timeout is not None and now >= self._start + self.timeout:
+            raise TimeoutError(f"waited for {self.what} for timeout={self.timeout:g} s")
+        if not self._told and now >= self._since + QUIET_SECONDS:
+            self._told = True
+            _log.warning("waiting for %s: nothing has happened for %.0f s", self.what, now - self._since)
+        due = [] if self._told else [self._since + QUIET_SECONDS]
+        if self.timeout is not None:
+            due.append(self._start + self.timeout)
+        return min(due, default=now + QUIET_SECONDS) - now
 
 
 @contextlib.contextmanager
@@ -48,11 +91,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str, *, fsync: bool
             os.fsync(file.fileno())
 
 
-def try_lock(path: str | os.PathLike[str], *, wait: bool = False) -> int | None:
+def try_lock(path: str | os.PathLike[str]) -> int | None:
     """Lock a file; the lock lasts until the returned descriptor, and every inherited copy of it, is closed.
 
     Returns:
-        A descriptor, or None when another process holds the lock and ``wait`` is False.
+        A descriptor, or None when another process holds the lock.
 
     Raises:
         OSError: The file cannot be opened or created.
@@ -61,7 +104,7 @@ def try_lock(path: str | os.PathLike[str], *, wait: bool = False) -> int | None:
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None

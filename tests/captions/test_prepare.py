@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
 from sgid_transforms.captions.record import CaptionRecord
+from sgid_transforms.errors import StoreError
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.transforms.augment import SGIDAugment
@@ -152,6 +153,21 @@ def test_random_images_are_refused(sgid: SGIDAugment, folder: Path) -> None:
     data = ImageFolder(folder, transform=v2.Compose([v2.ColorJitter(0.9), sgid]))
     with pytest.raises(ValueError, match="another image each time item 0 is read"):
         sgid.prepare(data, progress=False)
+
+
+def test_a_wait_for_another_process_is_told_and_has_a_deadline(
+    sgid: SGIDAugment, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sgid_transforms.files.QUIET_SECONDS", 0.1)
+    code = "import sys; from sgid_transforms.files import try_lock; try_lock(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, f"{sgid.captions.path}.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(StoreError, match=r"waited for another process that writes captions into .* for timeout=0.5 s"):
+            sgid.prepare(ImageFolder(folder), progress=False, timeout=0.5)
+        assert "nothing has happened for" in caplog.text
+        other.kill()
+        assert sgid.prepare(ImageFolder(folder), progress=False, timeout=60).captioned == 12
 
 
 def test_unreadable_images_are_listed(sgid: SGIDAugment, folder: Path) -> None:

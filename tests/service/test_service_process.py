@@ -144,6 +144,40 @@ def test_hung_service_is_noticed(tmp_path: Path) -> None:
             os.kill(service.pid, signal.SIGCONT)
 
 
+def test_a_generator_that_never_returns_meets_the_deadline_and_is_told_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sgid_transforms.files.QUIET_SECONDS", 0.3)
+    with GenerationService(fake_factory(tmp_path)) as service:
+        assert _value(service.client, "warm") == 7  # its first images make the process import torch
+        caplog.clear()
+        client = ServiceClient(service.client.address, timeout=1.5)
+        start = time.monotonic()
+        with pytest.raises(ServiceError, match=r"waited for 2 variants from the generation service at .* for timeout=1\.5 s"):
+            client.generate([wish("slow"), wish("slow2")])
+        assert 1.4 < time.monotonic() - start < 5
+        told = [record.message for record in caplog.records]
+        assert len(told) == 1
+        assert told[0].startswith(
+            f"waiting for 2 variants from the generation service at {client.address}: nothing has happened"
+        )
+        Path(tmp_path, "release").touch()
+        assert _value(client, "a") == 7  # the late answers went with their connection
+
+
+def test_a_stopped_service_meets_the_deadline_whatever_is_asked(tmp_path: Path) -> None:
+    with GenerationService(fake_factory()) as service:
+        assert _value(service.client, "warm") == 7
+        client = ServiceClient(service.client.address, timeout=0.5)
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            for size in (4, 2000):  # the larger one fills the socket's buffer
+                with pytest.raises(ServiceError, match=r"timeout=0\.5 s|does not read"):
+                    client.generate([wish("b", size=size)])
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+
+
 def test_a_long_batch_is_no_reason_to_give_up(tmp_path: Path) -> None:
     with GenerationService(fake_factory(seconds=2.5)) as service:
         assert _value(service.client, "first") == 7

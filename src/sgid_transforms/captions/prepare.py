@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from tqdm.auto import tqdm
 
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.files import job_identity, try_lock
+from sgid_transforms.errors import StoreError
+from sgid_transforms.files import Waiting, job_identity, try_lock
 from sgid_transforms.images.datasets import RawImages, RawSample
 from sgid_transforms.images.folders import is_ours
 from sgid_transforms.images.keys import image_key, to_uint8_chw
@@ -26,6 +28,7 @@ from sgid_transforms.recipe.prompts import build_prompt, parse_template
 _log = logging.getLogger("sgid_transforms")
 
 _SHORTEST_EDGE = 1024  # pixels
+_LOCK_PAUSE = 0.05  # seconds until the next try
 _PIXELS = 2**25  # most pixels of pictures that wait in memory for their batch
 
 
@@ -112,14 +115,23 @@ class Describer:
 
 
 @contextlib.contextmanager
-def alone(captions: CaptionStore) -> Iterator[int | None]:
+def alone(captions: CaptionStore, timeout: float | None = None) -> Iterator[int | None]:
     """Only one process at a time captions into a store: what one is writing, the others need not write as well.
 
     Yields the descriptor of the lock's file; None where no such file can be made, as beside a read-only store.
+
+    Raises:
+        StoreError: Another process was at it for ``timeout`` seconds.
     """
     lock = None
-    with contextlib.suppress(OSError):
-        lock = try_lock(f"{os.fspath(captions.path)}.lock", wait=True)
+    waiting = Waiting(f"another process that writes captions into {captions.path}", timeout)
+    try:
+        while (lock := try_lock(f"{os.fspath(captions.path)}.lock")) is None:
+            time.sleep(min(_LOCK_PAUSE, waiting.check()))
+    except TimeoutError as error:
+        raise StoreError(f"{error}; give it more time, or stop that process") from None
+    except OSError:  # no such file can be made here
+        pass
     try:
         yield lock
     finally:
@@ -169,6 +181,7 @@ def prepare(
     batch_size: int = 32,
     device: str = "cpu",
     progress: bool = True,
+    timeout: float | None = None,
 ) -> PrepareReport:
     """Caption every image of a map-style data set, score it against its prompt, and rank the scores.
 
@@ -188,12 +201,13 @@ def prepare(
         batch_size: Images per forward pass.
         device: Where the models run.
         progress: Show a progress bar.
+        timeout: Seconds to wait while another process captions into the same store; None: until it is done.
 
     Raises:
         TypeError: It is not a map-style data set of images.
         ValueError: It gives another image each time (a random transform that cannot be looked past), or a class has no name.
         ModelLoadError: A model cannot be loaded.
-        StoreError: The caption store cannot be written.
+        StoreError: The caption store cannot be written, or another process was at it for ``timeout`` seconds.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -202,7 +216,7 @@ def prepare(
     describer = Describer(template, captioner, scorer, device, batch_size)
     needs_label = any(name == "label" for _, name in parse_template(template))
     failed: list[tuple[int, str]] = []
-    with alone(captions) as lock:
+    with alone(captions, timeout) as lock:
         job = job_identity(str(captions.path), images.identity(key))
         if lock is not None and job is not None and os.pread(lock, 200, 0) == job.encode():
             return PrepareReport(len(images), known=len(images))  # another rank of this job has just done it

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import select
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 from sgid_transforms.building.wanted import Outcome, Wanted
 from sgid_transforms.errors import ServiceError
+from sgid_transforms.files import Waiting
 from sgid_transforms.service.protocol import FRAME_BYTES, Frame, outcomes_of, recv_frame, send_frame, wanted_header
 
 _FULL_PAUSE = 0.1  # seconds without asking after the background queue was found full
@@ -20,7 +22,7 @@ class _Link:
 
     def __init__(self, address: str, patience: float) -> None:
         self.pid = os.getpid()
-        self.patience = patience
+        self.patience = patience  # seconds for every single reading and writing
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.socket.settimeout(patience)
@@ -43,6 +45,19 @@ class _Link:
             pass
         finally:
             self.socket.settimeout(self.patience)
+
+    def wait(self, waiting: Waiting) -> None:
+        """Wait until something can be read.
+
+        Raises:
+            TimeoutError: There was no sign of life for too long, or the deadline has passed.
+        """
+        silent_from = time.monotonic() + self.patience
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        while not poll.poll(1e3 * max(0.0, min(waiting.check(), silent_from - time.monotonic()))):
+            if time.monotonic() >= silent_from:
+                raise TimeoutError(f"the generation service gave no sign of life for {self.patience:g} s")
 
     def __del__(self) -> None:
         # In a forked child this closes the child's copy only; the parent's connection lives on.
@@ -88,12 +103,14 @@ class ServiceClient:
         patience (float): Seconds without any sign of life after which the service counts as dead. A service that
             works on a long batch sends one every second; one that was killed is noticed at once.
         recipe (str, optional): Fingerprint of the recipe whose variants are wanted; a service for another one refuses.
+        timeout (float, optional): Seconds that a call of :meth:`generate` waits at most, whatever the service says.
     """
 
-    def __init__(self, address: str, patience: float = 60.0, recipe: str | None = None) -> None:
+    def __init__(self, address: str, patience: float = 60.0, recipe: str | None = None, timeout: float | None = None) -> None:
         self.address = address
         self.patience = patience
         self.recipe = recipe
+        self.timeout = timeout
         self._local = threading.local()
         self._numbers = itertools.count()
         self._delivery: _Delivery | None = None
@@ -101,7 +118,7 @@ class ServiceClient:
         self._full_until = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"address": self.address, "patience": self.patience, "recipe": self.recipe}
+        return {name: getattr(self, name) for name in ("address", "patience", "recipe", "timeout")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -112,7 +129,7 @@ class ServiceClient:
         Raises:
             ServiceError: The service is gone, or the model could not be loaded; ``__notes__`` then hold the kind of error.
         """
-        frame = self._ask("hello")
+        frame = self._ask(Waiting("the generation service to load its model"), "hello")
         if frame.op == "failed":
             error = ServiceError(frame.header["message"])
             error.add_note(frame.header["kind"])
@@ -123,13 +140,14 @@ class ServiceClient:
         """Ask for variants and wait for their outcomes, in order.
 
         Raises:
-            ServiceError: The service is not there, died while it worked, or answered another question.
+            ServiceError: The service is not there, died while it worked, took too long, or answered another question.
         """
         outcomes: list[Outcome] = []
+        waiting = Waiting(f"{len(wanted)} variants from the generation service at {self.address}", self.timeout)
         for part in _frames(wanted):
             number = next(self._numbers)
             images = [one.image for one in part]
-            frame = self._ask("generate", images, items=wanted_header(part), number=number, recipe=self.recipe)
+            frame = self._ask(waiting, "generate", images, items=wanted_header(part), number=number, recipe=self.recipe)
             try:
                 if frame.op != "outcomes" or frame.header.get("number") != number:
                     raise ValueError("the service answered another question than the one that was asked")
@@ -185,8 +203,8 @@ class ServiceClient:
         return time.monotonic() < self._full_until
 
     def stats(self) -> dict[str, Any]:
-        """``batches``, ``images``, ``merged``, ``dropped``, ``max_batch`` and ``seconds`` since the start."""
-        return self._ask("stats").header
+        """``batches``, ``images``, ``done``, ``merged``, ``dropped``, ``max_batch`` and ``seconds`` since the start."""
+        return self._ask(Waiting("the counts of the generation service"), "stats").header
 
     def close(self) -> None:
         """Close this thread's connection; the next request opens a new one."""
@@ -200,16 +218,22 @@ class ServiceClient:
             self._local.link = link = _Link(self.address, self.patience)
         return link
 
-    def _ask(self, op: str, images: Sequence[Any] = (), /, **header: Any) -> Frame:
+    def _ask(self, waiting: Waiting, op: str, images: Sequence[Any] = (), /, **header: Any) -> Frame:
+        done: object = None
         try:
             link = self._link()
+            link.socket.settimeout(self.patience if waiting.timeout is None else min(self.patience, waiting.timeout))
             send_frame(link.socket, op, images, **header)
             while True:
+                link.wait(waiting)
                 answer = recv_frame(link.socket)
                 if answer.op == "refused":
                     raise ValueError(answer.header.get("message", "the service refused the request"))
                 if answer.op != "alive":
                     return answer
+                before, done = done, answer.header.get("done")
+                if before not in (None, done):
+                    waiting.progress()
         except (OSError, EOFError, ValueError) as error:
             self.close()
             raise self._lost(error) from error
@@ -219,7 +243,8 @@ class ServiceClient:
 
     def _lost(self, error: BaseException) -> ServiceError:
         if isinstance(error, TimeoutError):
-            return ServiceError(f"the generation service gave no sign of life for {self.patience:g} s; restart it")
+            reason = "the generation service does not read" if error.args == ("timed out",) else str(error)
+            return ServiceError(f"{reason}; restart the service at {self.address}, or give it more time")
         if isinstance(error, ValueError):
             return ServiceError(f"the generation service at {self.address} cannot be used: {error}")
         return ServiceError(

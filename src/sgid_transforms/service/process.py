@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sgid_transforms.errors import GenerationError, ModelLoadError, ServiceError
-from sgid_transforms.files import atomic_write, is_alive, job_identity, try_lock
+from sgid_transforms.files import Waiting, atomic_write, is_alive, job_identity, try_lock
 from sgid_transforms.service.client import ServiceClient
 from sgid_transforms.service.server import BuilderFactory
 
@@ -206,6 +206,7 @@ class GenerationService:
 
     def _meet(self, rendezvous: Path, pause: float = 0.05) -> None:
         address_file = rendezvous.with_name(rendezvous.name + ".address")
+        waiting = Waiting(f"the process that holds {rendezvous} to have its service ready")
         while True:
             try:
                 lock = try_lock(rendezvous)
@@ -225,7 +226,7 @@ class GenerationService:
                 self.pid = client.wait_until_ready()
                 self._client = client
                 return
-            time.sleep(pause)
+            time.sleep(min(pause, waiting.check()))
 
 
 def job_rendezvous(*more: str) -> Path | None:

@@ -18,10 +18,11 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class QueueStats:
-    """What passed a queue so far: ``batches`` counts the times that the model took something."""
+    """What passed a queue so far: ``batches`` counts the times that the model took something, ``images`` what it took."""
 
     batches: int = 0
     images: int = 0
+    done: int = 0
     merged: int = 0
     dropped: int = 0
 
@@ -127,6 +128,7 @@ class WantedQueue:
         """Hand an outcome to all who asked for it."""
         with self._changed:
             waiting = self._running.pop(wanted.name)
+            self.stats.done += 1
         waiting.outcome.set_result(outcome)
 
     def fail(self, reason: str) -> None:

@@ -117,7 +117,7 @@ class Server:
             try:
                 # A client that died is noticed here, too: sending to it raises, and what it wanted goes on for the store.
                 while wait(futures, HEARTBEAT).not_done:
-                    send_frame(connection, "alive")
+                    send_frame(connection, "alive", done=self._queue.stats.done)
             finally:
                 self._queue.release()
             outcomes = [future.result() for future in futures]

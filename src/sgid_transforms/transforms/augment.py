@@ -89,6 +89,8 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             ones for ``"tiny"``, else BLIP and CLIP. Also an object with ``caption(images)`` or ``image_text(images, texts)``.
         generator (callable, optional): ``(recipe, device, **options) -> generate``, where ``generate(requests)`` returns
             results, in place of the package's generator.
+        timeout (float, optional): Seconds that ``on_miss="generate"`` waits for the service; then it has failed (``on_error``).
+            By default it waits as long as the service shows life, and says so when nothing was made for 30 s.
 
     .. note::
         Floats must be in [0, 1]: after ``Normalize`` the pixels no longer say which image it is. Boxes, masks, key points
@@ -122,6 +124,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         captioner: Any = "auto",
         scorer: Any = "auto",
         generator: GeneratorFactory | None = None,
+        timeout: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(variants_per_image, bool) or not isinstance(variants_per_image, int) or variants_per_image < 1:
@@ -141,6 +144,9 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         self.captioner, self.scorer = auto_models(self.recipe, captioner, scorer)
         self._key = key
         self._generator = generator
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout is {timeout!r}; it must be more than 0 seconds, or None")
+        self.timeout = timeout
         self._state = SharedState(STAT_NAMES, {"p": check_p(p), "training": True})
         self._reported = Stats()
         self._reset()
@@ -268,6 +274,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         batch_size: int = 32,
         device: str | None = None,
         progress: bool = True,
+        timeout: float | None = None,
     ) -> PrepareReport:
         """Write captions and similarities of all images of a data set into the caption store; see :func:`prepare`."""
         report = prepare(
@@ -282,6 +289,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             batch_size=batch_size,
             device=device or self._device(),
             progress=progress,
+            timeout=timeout,
         )
         p = self.p
         if p == "balanced":
@@ -521,7 +529,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     def _own_supply(self) -> VariantSupply:
         if self._supply is None:
-            self._supply = VariantSupply(self._spec(self._device(), {}), self._state)
+            self._supply = VariantSupply(self._spec(self._device(), {}), self._state, self.timeout)
         return self._supply
 
     def _spec(self, device: str, options: Mapping[str, Any]) -> BuilderSpec:

@@ -19,10 +19,11 @@ class VariantSupply:
     Args:
         spec (BuilderSpec): How a model in this process is set up.
         state (SharedState): Its setting ``address`` says where the service is, if there is one.
+        timeout (float, optional): Seconds that :meth:`wait_for` waits for the service at most.
     """
 
-    def __init__(self, spec: BuilderSpec, state: SharedState) -> None:
-        self._spec, self._state = spec, state
+    def __init__(self, spec: BuilderSpec, state: SharedState, timeout: float | None = None) -> None:
+        self._spec, self._state, self._timeout = spec, state, timeout
         self._builder: Builder | None = None
         self._client: ServiceClient | None = None
         self._lock = threading.Lock()
@@ -51,7 +52,7 @@ class VariantSupply:
         """What became of wanted variants, however long they take.
 
         Raises:
-            ServiceError: The service died, or there is none and this is a worker.
+            ServiceError: The service died, took too long, or there is none and this is a worker.
             GenerationError: The generator in this process raised. That of a service is in the outcomes.
         """
         start = time.perf_counter()
@@ -75,7 +76,7 @@ class VariantSupply:
         if address is None:
             return None
         if self._client is None or self._client.address != address:
-            self._client = ServiceClient(address, recipe=self._spec.recipe.fingerprint)
+            self._client = ServiceClient(address, recipe=self._spec.recipe.fingerprint, timeout=self._timeout)
         return self._client
 
     def _own_builder(self) -> Builder:
