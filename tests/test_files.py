@@ -1,11 +1,17 @@
 """Waiting for other processes."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from sgid_transforms import files
 from sgid_transforms.files import Waiting
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_every_message_of_the_package(caplog):
+    logging.getLogger("sgid_transforms").warning("%s\nand %r", "a\x1b[31m\u202eb", Path("c\x07"))
+    assert told(caplog) == ["a\\x1b[31m\\u202eb\nand PosixPath('c\\x07')"]
 
 
 @pytest.fixture

@@ -23,6 +23,15 @@ QUIET_SECONDS = 30.0
 _log = logging.getLogger("sgid_transforms")
 
 
+def _harmless(record: logging.LogRecord) -> bool:
+    """Names, captions and messages of other libraries may hold what a terminal would obey."""
+    record.msg, record.args = "\n".join(map(show, record.getMessage().split("\n"))), None
+    return True
+
+
+_log.addFilter(_harmless)
+
+
 class Waiting:
     """A wait for another process: it is told once when nothing happens for long, and may have a deadline.
 

@@ -74,6 +74,78 @@ def test_a_fork_opens_its_own_connection_and_leaves_the_parents_alone(tmp_path):
     assert out.split() == ["9", "child"]
 
 
+def test_a_fork_waits_for_a_write_and_neither_side_hangs_or_loses_anything(tmp_path):
+    """A child once found its own file locked for 30 s, or lost what it wrote after its parent had closed."""
+    out = _python(
+        """
+        import os, sys, threading, time
+        from sgid_transforms.captions import CaptionRecord, CaptionStore
+        store = CaptionStore(sys.argv[1])
+        store.put(CaptionRecord("aa", "parent"))
+        done = []
+        def write():
+            while not done:
+                store.put_many([CaptionRecord(f"t{number}", str(time.time())) for number in range(50)])
+                store.set_ranks()
+        threads = [threading.Thread(target=write) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        slowest = 0
+        for number in range(20):
+            to_child, to_parent = os.pipe(), os.pipe()
+            start = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                store.put(CaptionRecord(f"first{number}", "child"))
+                os.write(to_parent[1], b"x")
+                os.read(to_child[0], 1)
+                store.put(CaptionRecord(f"second{number}", "child"))
+                os._exit(0)
+            os.read(to_parent[0], 1)
+            slowest = max(slowest, time.monotonic() - start)
+            store.close()
+            os.write(to_child[1], b"x")
+            assert os.waitpid(pid, 0)[1] == 0
+            for descriptor in (*to_child, *to_parent):
+                os.close(descriptor)
+        done.append(True)
+        for thread in threads:
+            thread.join()
+        assert slowest < 25, slowest
+        keys = {record.key for record in CaptionStore(sys.argv[1])}
+        print(sum(f"{name}{number}" in keys for name in ("first", "second") for number in range(20)))
+        """,
+        tmp_path / "captions.sqlite",
+    )
+    assert out.split() == ["40"]
+
+
+def test_a_fork_inside_a_transaction_leaves_both_sides_whole(tmp_path):
+    out = _python(
+        """
+        import os, sys
+        from sgid_transforms.captions import CaptionRecord, CaptionStore
+        store = CaptionStore(sys.argv[1])
+        def records():
+            yield CaptionRecord("aa", "parent")
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+            yield CaptionRecord("bb", "parent")
+        other = CaptionStore(sys.argv[1] + "2")
+        other.put_many(records())
+        with other._database.writing(None) as connection:
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+            connection.execute("UPDATE captions SET caption = 'x'")
+        print([record.caption for record in other])
+        """,
+        tmp_path / "captions.sqlite",
+    )
+    assert out.strip() == "['x', 'x']"
+
+
 def _spawned(store, number, queue):
     store.put(CaptionRecord(f"child{number}", "child"))
     queue.put(store.get("aa").caption)
@@ -227,11 +299,6 @@ store.put(CaptionRecord("aa", "x"))
 if clean:
     store.close()
 else:  # as after a crash: the records are still in the log
-    pid = os.fork()
-    if pid == 0:
-        CaptionStore(f"{mount}/captions.sqlite").put(CaptionRecord("bb", "y"))
-        os._exit(0)
-    os.waitpid(pid, 0)
     os.mkdir(f"{mount}/copy")
     subprocess.run(f"cp {mount}/captions.sqlite {mount}/captions.sqlite-wal {mount}/copy", shell=True, check=True)
     store.close()

@@ -18,6 +18,7 @@ from sgid_transforms.models.captioner import BLIP
 from sgid_transforms.recipe.guidance import guidance_scale, variant_seed, variant_strength
 from sgid_transforms.recipe.prompts import build_prompt
 from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.variants import layout
 from sgid_transforms.variants.provenance import Provenance
 from sgid_transforms.variants.store import VariantStore
 
@@ -181,6 +182,15 @@ class Builder:
         self, wanted: Sequence[Wanted]
     ) -> Iterator[tuple[Wanted, Outcome | tuple[GenerationRequest, CaptionRecord, str]]]:
         """What the model is to be asked for each wanted variant, or the outcome where it is not to be asked."""
+        named: list[Wanted] = []
+        for one in wanted:  # one malformed wish must not fail the others
+            try:
+                layout.stem(one.key, one.variant)
+                named.append(one)
+            except StoreError as error:
+                self._count("failed", 1)
+                yield one, Outcome(Status.FAILED, str(error))
+        wanted = named
         records = self.captions.get_many({one.key for one in wanted})
         undescribed = {one.key: one for one in wanted if one.key not in records}
         if undescribed and self._describer is not None:

@@ -48,9 +48,48 @@ _HINTS = (
 )
 
 
-# Connections that a fork brought into this process. SQLite forbids to use or close them here, and they close when they are
-# collected, so they must live as long as the process.
+# SQLite's locks must not be carried over a fork: a child would find its own file locked for ever, or lose what it writes when
+# its parent closes. So a fork waits for the statement that is just running, and closes the files before it happens.
+_gate = threading.RLock()
+_depth = 0  # of the thread that holds the gate
+_fork = threading.local()  # whether the thread that forks holds the gate
+_databases: "weakref.WeakSet[Database]" = weakref.WeakSet()
+
+# Connections that were in use by the very thread that forked. SQLite forbids to use or close them in the child, and they close
+# when they are collected, so they must live as long as the process.
 _inherited: list[sqlite3.Connection] = []
+
+
+@contextlib.contextmanager
+def _in_use() -> Iterator[None]:
+    global _depth
+    with _gate:
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+
+
+def _before_fork() -> None:
+    _fork.alone = _gate.acquire(timeout=_BUSY_SECONDS)
+    if _fork.alone and not _depth:
+        for database in list(_databases):
+            database.close()
+
+
+def _in_parent() -> None:
+    if _fork.alone:
+        _gate.release()
+
+
+def _in_child() -> None:
+    global _gate, _depth
+    _gate, _depth = threading.RLock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
 
 
 class _Handle:
@@ -85,14 +124,16 @@ class Database:
         self.readonly = readonly
         self._local = threading.local()  # drops, and thereby closes, the handle of a thread that ends
         self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
+        _databases.add(self)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection, with SQLite's errors turned into ``StoreError``."""
-        try:
-            yield self._handle().connection
-        except sqlite3.Error as error:
-            raise self._failed("read", error) from error
+        with _in_use():
+            try:
+                yield self._handle().connection
+            except sqlite3.Error as error:
+                raise self._failed("read", error) from error
 
     @contextlib.contextmanager
     def writing(self, keys: Sequence[str] | None) -> Iterator[sqlite3.Connection]:
@@ -102,17 +143,18 @@ class Database:
             keys: Whose rows are to change; None: any. Damaged ones are moved to the table ``damaged`` first, so that nothing
                 builds on them, and all get their digests at the end.
         """
-        try:
-            handle = self._handle()
-            if not handle.writable:
-                why = "was opened with readonly=True" if self.readonly else "is write-protected or on read-only media"
-                raise StoreError(f"the caption store {self.path} {why}; write to a copy of it")
-            with _transaction(handle.connection):
-                _set_aside_damaged(handle.connection, keys)
-                yield handle.connection
-                _seal(handle.connection, keys)
-        except sqlite3.Error as error:
-            raise self._failed("write", error) from error
+        with _in_use():
+            try:
+                handle = self._handle()
+                if not handle.writable:
+                    why = "was opened with readonly=True" if self.readonly else "is write-protected or on read-only media"
+                    raise StoreError(f"the caption store {self.path} {why}; write to a copy of it")
+                with _transaction(handle.connection):
+                    _set_aside_damaged(handle.connection, keys)
+                    yield handle.connection
+                    _seal(handle.connection, keys)
+            except sqlite3.Error as error:
+                raise self._failed("write", error) from error
 
     def readable(self) -> dict[str, tuple[Any, ...]]:
         """The rows by key, with their digests, around whatever part of the file cannot be read."""
@@ -133,11 +175,12 @@ class Database:
         return rows
 
     def close(self) -> None:
-        """Close this process's connections; the next use opens new ones. No other thread may be at work with them."""
-        for handle in list(self._handles):
-            handle.close()
-        self._handles.clear()
-        self._local = threading.local()
+        """Close this process's connections; the next use opens new ones."""
+        with _gate:
+            for handle in list(self._handles):
+                handle.close()
+            self._handles.clear()
+            self._local = threading.local()
 
     def _handle(self) -> _Handle:
         handle: _Handle | None = getattr(self._local, "handle", None)

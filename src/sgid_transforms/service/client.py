@@ -23,13 +23,20 @@ class _Link:
     def __init__(self, address: str, patience: float) -> None:
         self.pid = os.getpid()
         self.patience = patience  # seconds for every single reading and writing
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.socket.settimeout(patience)
-            self.socket.connect(address)
-        except OSError:
-            self.socket.close()
-            raise
+        deadline = time.monotonic() + patience
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                connection.settimeout(patience)
+                connection.connect(address)
+            except OSError as error:
+                connection.close()
+                if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_FULL_PAUSE)  # more clients at once than the system lets wait for being accepted
+            else:
+                break
+        self.socket = connection
 
     def check(self) -> None:
         """Notice that the peer is gone, without waiting.
@@ -61,7 +68,8 @@ class _Link:
 
     def __del__(self) -> None:
         # In a forked child this closes the child's copy only; the parent's connection lives on.
-        self.socket.close()
+        if hasattr(self, "socket"):  # it was never connected
+            self.socket.close()
 
 
 class _Delivery:
@@ -123,13 +131,14 @@ class ServiceClient:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def wait_until_ready(self) -> int:
+    def wait_until_ready(self, timeout: float | None = None) -> int:
         """Wait until the model is loaded; returns the process id of the service.
 
         Raises:
-            ServiceError: The service is gone, or the model could not be loaded; ``__notes__`` then hold the kind of error.
+            ServiceError: The service is gone, was not ready in ``timeout`` seconds, or the model could not be loaded;
+                ``__notes__`` then hold the kind of error.
         """
-        frame = self._ask(Waiting("the generation service to load its model"), "hello")
+        frame = self._ask(Waiting("the generation service to load its model", timeout), "hello")
         if frame.op == "failed":
             error = ServiceError(frame.header["message"])
             error.add_note(frame.header["kind"])

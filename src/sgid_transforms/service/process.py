@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,9 +22,7 @@ from sgid_transforms.files import Waiting, atomic_write, is_alive, job_identity,
 from sgid_transforms.service.client import ServiceClient
 from sgid_transforms.service.server import BuilderFactory
 
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_transforms.service.server import main; main({}, {}, {})"
-)
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_transforms.service.server import main; main({}, {})"
 _FOLDERS = "sgid-service-"
 _LONGEST_FOLDER = 90  # bytes; socket paths end at about 104
 _LOAD_ERRORS = {"ModelLoadError": ModelLoadError, "GenerationError": GenerationError}
@@ -46,9 +44,10 @@ class GenerationService:
         rendezvous (path, optional): Ranks that name the same file share one service: the first one starts it, the
             others attach. The service ends when the rank that started it stops it.
         recipe (str, optional): Fingerprint of the recipe; clients that want variants of another one are refused.
+        timeout (float, optional): Seconds until the service must be ready.
 
     Raises:
-        ServiceError: The process cannot be started, or ended while it loaded.
+        ServiceError: The process cannot be started, ended while it loaded, or was not ready in time.
         ModelLoadError: The model cannot be loaded.
 
     Example::
@@ -66,6 +65,7 @@ class GenerationService:
         max_queue: int = 256,
         rendezvous: str | os.PathLike[str] | None = None,
         recipe: str | None = None,
+        timeout: float | None = None,
     ) -> None:
         if max_batch < 1:
             raise ServiceError(f"max_batch is {max_batch}; it must be at least 1")
@@ -83,6 +83,7 @@ class GenerationService:
         bounds = {"max_batch": max_batch, "max_wait": max_wait, "max_queue": max_queue}
         self._settings: dict[str, Any] = {"factory": pickled, "recipe": recipe, **bounds}
         self._recipe = recipe
+        self._timeout = timeout
         self._rendezvous = Path(rendezvous) if rendezvous is not None else None
         self._process: subprocess.Popen[bytes] | None = None
         self._release: Callable[[], None] = lambda: None
@@ -155,22 +156,21 @@ class GenerationService:
         raise ServiceError("a GenerationService belongs to the process that made it; hand `service.client` to others")
 
     def _launch(self, *inherited: int) -> None:
-        _sweep()
-        folder = _private_folder()
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        folder = ""
+        try:
+            _sweep()
+            folder = _private_folder()
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ServiceError(f"no service can be started in {_temporary()}: {error.strerror}; set TMPDIR") from error
         try:
             address = os.path.join(folder, "socket")
             listener.bind(address)
             listener.listen(256)
-            # Linux would count the end of the starting thread as that of its process, so only the main thread asks for it.
-            boot = _BOOT.format(listener.fileno(), os.getpid(), threading.current_thread() is threading.main_thread())
-            self._process = process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    boot,
-                    json.dumps([os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike)]),
-                ],
+            paths = json.dumps([os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike)])
+            self._process = process = _spawn(
+                [sys.executable, "-c", _BOOT.format(listener.fileno(), os.getpid()), paths],
                 stdin=subprocess.PIPE,
                 pass_fds=(listener.fileno(), *inherited),
             )
@@ -190,10 +190,12 @@ class GenerationService:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(pickle.dumps(self._settings))  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
-            self.pid = self._client.wait_until_ready()
+            self.pid = self._client.wait_until_ready(self._timeout)
         except ServiceError as error:
             self.stop()
             kind = getattr(error, "__notes__", [None])[0]
+            if isinstance(error.__cause__, TimeoutError):
+                raise
             if kind is None:
                 code = process.returncode
                 raise ServiceError(f"the service process ended with code {code} before its model was loaded") from error
@@ -206,7 +208,7 @@ class GenerationService:
 
     def _meet(self, rendezvous: Path, pause: float = 0.05) -> None:
         address_file = rendezvous.with_name(rendezvous.name + ".address")
-        waiting = Waiting(f"the process that holds {rendezvous} to have its service ready")
+        waiting = Waiting(f"the process that holds {rendezvous} to have its service ready", self._timeout)
         while True:
             try:
                 lock = try_lock(rendezvous)
@@ -223,10 +225,13 @@ class GenerationService:
                 return
             with contextlib.suppress(OSError, ServiceError):
                 client = ServiceClient(address_file.read_text(), recipe=self._recipe)
-                self.pid = client.wait_until_ready()
+                self.pid = client.wait_until_ready(self._timeout)
                 self._client = client
                 return
-            time.sleep(min(pause, waiting.check()))
+            try:
+                time.sleep(min(pause, waiting.check()))
+            except TimeoutError as error:
+                raise ServiceError(f"{error}; stop that process, or give another file") from None
 
 
 def job_rendezvous(*more: str) -> Path | None:
@@ -239,10 +244,22 @@ def job_rendezvous(*more: str) -> Path | None:
     if job is None:
         return None
     folder = Path(tempfile.gettempdir(), f"sgid-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ServiceError(f"{folder} cannot be made: {error.strerror}; set TMPDIR") from error
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ServiceError(f"{folder} belongs to somebody else; set TMPDIR to a folder of your own")
     return folder / job
+
+
+_spawners: dict[int, ThreadPoolExecutor] = {}
+
+
+def _spawn(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a process from a thread that lives as long as this process: Linux counts its end as that of the parent."""
+    spawner = _spawners.setdefault(os.getpid(), ThreadPoolExecutor(1, "sgid-spawn"))
+    return spawner.submit(lambda: subprocess.Popen(command, **options)).result()
 
 
 def _private_folder() -> str:
@@ -253,6 +270,12 @@ def _private_folder() -> str:
         os.rmdir(folder)
         folder = tempfile.mkdtemp(prefix=prefix, dir="/tmp")
     return folder
+
+
+def _temporary() -> str:
+    with contextlib.suppress(OSError):  # there may be no folder that can be written
+        return tempfile.gettempdir()
+    return "any temporary folder"
 
 
 def _sweep() -> None:

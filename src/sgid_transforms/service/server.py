@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import asdict
@@ -24,7 +25,7 @@ HEARTBEAT = 1.0  # seconds between two signs of life towards a client that waits
 _PAUSE = 0.05  # seconds before the next try, when there was no descriptor or thread for a client
 _PR_SET_PDEATHSIG = 1
 
-_log = logging.getLogger("sgid_transforms.service")
+_log = logging.getLogger("sgid_transforms")
 
 
 class Streams(Protocol):
@@ -71,7 +72,7 @@ class Server:
                     for wanted, outcome in group:
                         self._queue.complete(wanted, outcome)
             except Exception as error:
-                _log.exception("variants in work failed")
+                _log.error("variants in work failed\n%s", traceback.format_exc())
                 self._queue.fail(f"{type(error).__name__}: {error}")
         return True
 
@@ -142,15 +143,14 @@ class Server:
             raise ValueError(f"unknown operation {frame.op!r}")
 
 
-def main(listener_fd: int, parent: int, dies_with_thread: bool) -> int:
+def main(listener_fd: int, parent: int) -> int:
     """Entry point of the service process; the settings come through stdin from the process that started it.
 
     Whatever comes through that pipe afterwards, its end included, says stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starter stops us in order
     logging.basicConfig(format="sgid service: %(message)s", level=logging.WARNING)
-    if dies_with_thread:
-        _die_with_parent(parent)
+    _die_with_parent(parent)
     settings = pickle.load(sys.stdin.buffer)  # noqa: S301 (written by our parent through an anonymous pipe)
     queue = WantedQueue(settings["max_batch"], settings["max_wait"], settings["max_queue"])
     server = Server(socket.socket(fileno=listener_fd), queue, settings.get("recipe"))

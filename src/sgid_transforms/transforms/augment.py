@@ -307,6 +307,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         max_wait: float = 0.05,
         max_queue: int = 256,
         rendezvous: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
         **options: Any,
     ) -> GenerationService:
         """Start one process that owns the model and serves all workers of this transform; use it in a ``with`` statement.
@@ -321,6 +322,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             max_queue (int): Most variants that ``on_miss="queue"`` lets wait; further ones are dropped and counted.
             rendezvous (path, optional): A file by which processes agree to share one service, where they are not ranks of
                 one job.
+            timeout (float, optional): Seconds until the service must be ready; by default it may load for as long as it takes.
             **options: For the generator: ``dtype``, ``batch_size``, ``compile``...
 
         Raises:
@@ -338,6 +340,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             max_queue=max_queue,
             rendezvous=rendezvous,
             recipe=self.recipe.fingerprint,
+            timeout=timeout,
         )
         service.state = self._state
         return service.start()
@@ -576,9 +579,11 @@ class _PublishedService(GenerationService):
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
-        if self._client is not None:
-            self.state.unregister(self._client.address)
-        super().stop(timeout)
+        try:
+            if self._client is not None:
+                self.state.unregister(self._client.address)
+        finally:
+            super().stop(timeout)
 
 
 def _is_device_batch(images: Sequence[Any]) -> bool:

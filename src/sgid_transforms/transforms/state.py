@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sgid_transforms.errors import ServiceError
-from sgid_transforms.files import is_alive
+from sgid_transforms.files import Waiting, is_alive
 
 try:
     import fcntl
@@ -29,6 +30,8 @@ except ImportError:  # pragma: no cover (not a POSIX system: one process at a ti
 _FOLDERS = "sgid-state-"
 _SETTINGS = 1 << 16  # bytes for the settings; the first 16 hold their version and their length
 _ROWS = 1024  # processes alive at one time; rows of ended ones are folded into row 0 and used again
+_PATIENCE = 60.0  # seconds for a lock that is held for microseconds
+_PAUSE = 0.001  # seconds until the next try
 _forks = 0  # between this process and the one that imported the module: to ask the system for the id costs more than to count
 _lock = threading.Lock()
 
@@ -116,19 +119,19 @@ class SharedState:
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Any], origin: "SharedState | None" = None) -> None:
         self.names = tuple(names)
-        _sweep()
         self._origin = os.getpid()
         self._parent = origin
         try:
+            _sweep()
             self._path = tempfile.mkdtemp(prefix=f"{_FOLDERS}{os.getpid()}-")
             weakref.finalize(self, _remove, self._path, self._origin)
             with open(os.path.join(self._path, "state"), "wb") as file:  # written, not left sparse: a full disk is known now
                 file.write(bytes(_SETTINGS + 8 * (len(self.names) + 1) * _ROWS))
+            self._settings: dict[str, Any] = {}
+            self._open()
         except OSError as error:
-            where = tempfile.gettempdir()
-            raise ServiceError(f"{where} has no room for what processes share ({error.strerror}); set TMPDIR") from error
-        self._settings: dict[str, Any] = {}
-        self._open()
+            reason = error.strerror or error
+            raise ServiceError(f"the temporary folder has no room for what processes share ({reason}); set TMPDIR") from error
         self.publish(**settings)
 
     # --- counters
@@ -243,14 +246,32 @@ class SharedState:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone among all processes and threads. A child that is forked meanwhile inherits nothing that is held."""
-        with _lock:
-            if fcntl is not None:
-                fcntl.lockf(self._file, fcntl.LOCK_EX)  # belongs to the process alone: not to its children
+        waiting = Waiting("another process that holds the transform's settings, and was perhaps stopped,", _PATIENCE)
+        while not self._try_lock():
             try:
-                yield
-            finally:
-                if fcntl is not None:
-                    fcntl.lockf(self._file, fcntl.LOCK_UN)
+                time.sleep(min(_PAUSE, waiting.check()))
+            except TimeoutError as error:
+                raise ServiceError(f"{error}; look for a process that is stopped") from None
+        try:
+            yield
+        finally:
+            if fcntl is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+            _lock.release()
+
+    def _try_lock(self) -> bool:
+        if not _lock.acquire(timeout=_PAUSE):
+            return False
+        try:
+            if fcntl is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to the process alone: not to its children
+        except BlockingIOError:
+            _lock.release()
+            return False
+        except BaseException:
+            _lock.release()
+            raise
+        return True
 
 
 _living: "weakref.WeakValueDictionary[str, SharedState]" = weakref.WeakValueDictionary()
