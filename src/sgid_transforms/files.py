@@ -149,7 +149,8 @@ def job_identity(*more: str) -> str | None:
     if dist is not None and dist.is_available() and dist.is_initialized():
         size = dist.get_world_size()
     else:
-        size = int(os.environ.get("WORLD_SIZE", "").strip() or 1)
+        text = os.environ.get("WORLD_SIZE", "").strip()
+        size = int(text) if text.isdecimal() else 1
     if size <= 1:
         return None
     job = (str(os.getppid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), *more)

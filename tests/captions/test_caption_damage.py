@@ -228,12 +228,65 @@ class TestFiles:
             else:
                 store.verify(repair=True)
 
-    def test_a_file_without_its_header_cannot_be_saved_and_says_so(self, store):
+    @pytest.mark.parametrize("byte", [*range(60, 64), *range(68, 72)])
+    def test_no_bit_of_the_headers_ids_closes_the_store(self, store, byte):
         store.put(FULL)
         store.close()
-        store.path.write_bytes(b"\0" * 100 + store.path.read_bytes()[100:])
-        with pytest.raises(StoreError, match="it is no SQLite file"):
+        whole = store.path.read_bytes()
+        for bit in range(8):
+            data = bytearray(whole)
+            data[byte] ^= 1 << bit
+            store.path.write_bytes(data)
+            assert store.get("ab12") == FULL
+            store.put(replace(FULL, key="cd34"))
+            assert len(store) == 2
+            store.close()
+
+    @pytest.mark.parametrize(
+        ("damage", "least"),
+        [
+            (lambda data: b"?" + data[1:], 1000),  # not a SQLite file any more
+            (lambda data: data.replace(b"CREATE TABLE captions", b"CREATE TABLF captions"), 1000),
+            (lambda data: data.replace(b"tablecaptionscaptions", b"tablecaptionscapt\xffons"), 1000),
+            (lambda data: data[: len(data) // 2 // 4096 * 4096], 0),  # the upper pages of the tree are at the end
+            (lambda data: data[: 9 * 4096] + bytes(4096) + data[10 * 4096 :], 900),
+            (lambda data: data[: 9 * 4096] + bytes(4096) + data[10 * 4096 : -5 * 4096] + bytes(5 * 4096), 500),
+        ],
+        ids=["magic", "schema", "name", "cut in half", "page", "pages"],
+    )
+    def test_repair_brings_a_store_back_from(self, store, damage, least):
+        store.put_many(RECORDS)
+        store.close()
+        store.path.write_bytes(damage(store.path.read_bytes()))
+        assert not store.verify().ok
+        store.verify(repair=True)
+        assert store.verify().ok
+        assert len(store) >= least
+        assert set(store) <= set(RECORDS)
+
+    def test_keys_of_other_kinds_are_saved_around_a_damaged_page(self, store):
+        records = [replace(FULL, key=f"photo-{number:04d}", caption="of a cat " * 40) for number in range(500)]
+        store.put_many(records)
+        store.close()
+        data = bytearray(store.path.read_bytes())
+        data[9 * 4096 : 10 * 4096] = bytes(4096)
+        store.path.write_bytes(data)
+        store.verify(repair=True)
+        assert len(store) > 480
+
+    def test_a_file_of_which_nothing_can_be_read_leaves_an_empty_store_and_is_kept(self, store):
+        store.put(FULL)
+        store.close()
+        data = store.path.read_bytes()[:4096] + bytes(4096) * 3
+        store.path.write_bytes(data)
+        assert store.verify(repair=True).broken
+        assert len(store) == 0
+        assert store.path.with_name("captions.sqlite.damaged").read_bytes() == data
+
+    def test_a_store_that_is_not_there_is_not_made(self, store):
+        with pytest.raises(StoreError, match="there is no caption store at"):
             store.verify(repair=True)
+        assert not store.path.exists()
 
     def test_a_whole_store_is_whole(self, store):
         store.put_many(RECORDS)

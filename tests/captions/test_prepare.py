@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchvision.transforms import v2
 
 from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
 from sgid_transforms.captions.record import CaptionRecord
-from sgid_transforms.errors import StoreError
+from sgid_transforms.errors import ModelLoadError, StoreError
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.transforms.augment import SGIDAugment
@@ -247,6 +248,126 @@ def test_ranks_of_one_job_prepare_each_data_set_once(
     assert sgid.captioner.seen == 12
     other = image_folder(tmp_path / "other", size=24)  # as many images, but other ones
     assert sgid.prepare(ImageFolder(other), progress=False).captioned == 12
+
+
+@pytest.mark.parametrize("size", [(17_000, 16), (16, 17_000), (8_200, 8_200)])
+def test_one_limit_counts_however_the_data_set_reads_its_pictures(sgid: SGIDAugment, size: Any) -> None:
+    report = sgid.prepare([(Image.new("RGB", size), "cat"), (pil_picture(0), "cat")], progress=False)
+    assert (report.captioned, [index for index, _ in report.failed]) == (1, [0])
+    assert "a side of more than 16,383" in report.failed[0][1]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "I"])
+def test_what_the_transform_refuses_is_not_captioned(sgid: SGIDAugment, mode: str) -> None:
+    report = sgid.prepare([(Image.new(mode, (8, 8)), "cat"), (pil_picture(0), "cat")], progress=False)
+    assert (report.captioned, report.failed[0][0]) == (1, 0)
+    assert "has no 8-bit colours" in report.failed[0][1]
+
+
+class Raising(Pictures):
+    def __init__(self, error: Exception) -> None:
+        super().__init__(0, 1, 2, label="cat")
+        self.error = error
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 1:
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("decode_jpeg failed"),
+        AttributeError("'NoneType' object has no attribute 'shape'"),  # of what OpenCV returns for a broken file
+        zlib.error("invalid block type"),
+        AssertionError(),
+        NotImplementedError(),
+        StopIteration(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_of_one_item_ends_the_job(sgid: SGIDAugment, error: Exception) -> None:
+    report = sgid.prepare(Raising(error), progress=False)
+    assert (report.captioned, [index for index, _ in report.failed]) == (2, [1])
+    assert report.failed[0][1].startswith(type(error).__name__)
+
+
+@pytest.mark.parametrize("answer", [["one"], ["a", "b", "c"], None, "ab", [1, 2]], ids=repr)
+def test_a_captioner_with_a_wrong_answer_is_told_in_a_sentence(tmp_path: Path, answer: Any) -> None:
+    class Wrong:
+        id = "wrong"
+
+        def caption(self, images: Any) -> Any:
+            return answer
+
+    sgid = SGIDAugment(captions=tmp_path / "c.sqlite", captioner=Wrong(), scorer=FakeScorer())
+    with pytest.raises(TypeError, match=r"captioner wrong returned .* for 2 images, not a list of strings"):
+        sgid.prepare(Pictures(0, 1, label="cat"), progress=False)
+    assert len(sgid.captions) == 0
+
+
+@pytest.mark.parametrize("answer", [[0.5], None, torch.zeros(2, 2), ["a", "b"], 0.5], ids=repr)
+def test_a_scorer_with_a_wrong_answer_is_told_in_a_sentence(tmp_path: Path, answer: Any) -> None:
+    class Wrong:
+        id = "wrong"
+
+        def image_text(self, images: Any, texts: Any) -> Any:
+            return answer
+
+    sgid = SGIDAugment(captions=tmp_path / "c.sqlite", captioner=FakeCaptioner(), scorer=Wrong())
+    with pytest.raises(TypeError, match=r"(?s)scorer wrong returned .* for 2 images, not a number each"):
+        sgid.prepare(Pictures(0, 1, label="cat"), progress=False)
+
+
+@pytest.mark.parametrize("label", [0.0, True, b"cat", torch.zeros(3).float(), None], ids=repr)
+def test_labels_that_cannot_be_read_are_told(sgid: SGIDAugment, label: Any, caplog: pytest.LogCaptureFixture) -> None:
+    sgid.prepare(Pictures(0, 1, label=label), progress=False)
+    assert "2 of 2 items have no label that can be read" in caplog.text
+
+
+@pytest.mark.parametrize("size", ["8", None, True, 2.5, 0])
+def test_a_batch_size_that_is_none_is_refused(sgid: SGIDAugment, size: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        sgid.prepare(Pictures(0, label="cat"), batch_size=size, progress=False)
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "gpu", "meta", "mps"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(sgid: SGIDAugment, device: str) -> None:
+    with pytest.raises(ModelLoadError, match=r"CUDA|is not a device|cannot run|MPS|not among"):
+        sgid.prepare(Pictures(0, label="cat"), device=device, progress=False)
+
+
+@pytest.mark.parametrize("size", ["", " ", "two", "1.0", "-1"])
+def test_a_world_size_that_is_no_number_means_no_job(sgid: SGIDAugment, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert sgid.prepare(Pictures(0, label="cat"), progress=False).captioned == 1
+
+
+def test_a_stream_with_a_length_is_refused_as_well(sgid: SGIDAugment) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            yield from ()
+
+        def __len__(self) -> int:
+            return 3
+
+    with pytest.raises(TypeError, match="Stream is not a map-style data set"):
+        sgid.prepare(Stream(), progress=False)
+
+
+def test_what_stands_before_the_transform_in_a_sequential_is_applied(sgid: SGIDAugment, folder: Path) -> None:
+    sgid.p, sgid.on_miss = 1.0, "original"
+    data = ImageFolder(folder, torch.nn.Sequential(v2.CenterCrop(16), sgid))
+    sgid.prepare(data, progress=False)
+    assert data[0][0].size == (16, 16)
+    assert sgid.captions.get(image_key(v2.CenterCrop(16)(load_image(data.samples[0][0])))) is not None
+
+
+def test_a_chain_that_holds_itself_ends(sgid: SGIDAugment, folder: Path) -> None:
+    chain = v2.Compose([v2.Identity()])
+    chain.transforms.append(chain)
+    assert sgid.prepare(ImageFolder(folder, chain), progress=False).captioned == 12
 
 
 @pytest.mark.parametrize("size", [(14_000, 13_000), (9_000, 8_000)])

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,6 +122,42 @@ def test_ctrl_c_says_what_it_does_and_how_to_go_on(tmp_path):
     assert "stopping after the batch in work" in output
     assert "run the command again" in output
     assert "Traceback" not in output
+
+
+SLOW = """
+import os, signal, sys, time
+import sgid_transforms.models.{module} as module
+before = module.{name}
+def slow(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(600):
+        time.sleep(0.05)
+    sys.exit("it went on")
+module.{name} = slow
+from sgid_transforms.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "command"),
+    [
+        ("loading", "_from_pretrained", "generate"),
+        ("captioner", "resolve_model", "caption"),
+        ("clip", "resolve_model", "caption"),
+    ],
+)
+def test_ctrl_c_while_a_model_loads_comes_through_at_once(tmp_path, module, name, command):
+    plain_folder(tmp_path / "data", 1)
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW.format(module=module, name=name), command, "data", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 29
 
 
 @pytest.mark.parametrize("module", ["typer", "torch"])

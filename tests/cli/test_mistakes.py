@@ -64,6 +64,19 @@ def names_are_broken(folder):
     (folder / "names.json").write_text("{")
 
 
+def names_in_utf16(folder):
+    (folder / "names.json").write_text('{"cat": "tabby"}', encoding="utf-16")
+
+
+def names_in_toml(folder):
+    (folder / "names.TOML").write_text('{"cat": "tabby"}')
+
+
+def deeper(folder):
+    (folder / "data" / "cat" / "deep" / "er").mkdir(parents=True)
+    picture(77).save(folder / "data" / "cat" / "deep" / "er" / "a.png")
+
+
 def names_fit_nothing(folder):
     (folder / "names.json").write_text('{"n01440764": "tench"}')
 
@@ -109,6 +122,17 @@ MISTAKES = [
     ("a device that cannot compute", nothing, "generate data --device meta", "cannot run"),
     ("class names as a list", names_are_a_list, "generate data --class-names names.json", "not a table of names"),
     ("class names that are no JSON", names_are_broken, "caption data --class-names names.json", "is not JSON"),
+    ("class names that are no UTF-8", names_in_utf16, "caption data --class-names names.json", "is not UTF-8"),
+    ("class names in a file that shouts", names_in_toml, "caption data --class-names names.TOML", "is not TOML"),
+    ("a model without a name", nothing, "generate data --model=", "model"),
+    ("variants among the originals", nothing, "generate data --variants data", "would lie among the originals"),
+    ("variants in a class folder", nothing, "generate data --variants data/cat", "would lie among the originals"),
+    (
+        "variants above a class folder's images",
+        deeper,
+        "generate data --variants data/cat/deep",
+        "would lie among the originals",
+    ),
     ("class names of another data set", names_fit_nothing, "caption data --class-names names.json", "is a class folder"),
     ("a text file as caption store", text_store, "caption data", "captions.sqlite"),
     ("a folder as caption store", store_is_folder, "caption data", "captions.sqlite"),

@@ -1,5 +1,6 @@
 """One request at a time, the native engine makes the picture that diffusers' own pipeline makes."""
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -105,6 +106,58 @@ def test_scheduler_options_equal_diffusers(sampler: str, options: dict[str, Any]
         assert difference(pipe, request(5, strength=0.7, guidance_scale=3.0), steps=6) < TOLERANCE
     finally:
         pipe.scheduler = kept
+
+
+def _values(sampler: str) -> list[dict[str, Any]]:
+    """Every option of a scheduler in other values than its own."""
+    common: list[dict[str, Any]] = [
+        {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "sample"},
+        {"prediction_type": "v_prediction"}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"},
+        {"rescale_betas_zero_snr": True}, {"steps_offset": 0}, {"steps_offset": 3}, {"num_train_timesteps": 500},
+        {"trained_betas": [0.001 + 0.00001 * step for step in range(1000)]},
+    ]  # fmt: skip
+    own: dict[str, list[dict[str, Any]]] = {
+        "ddim": [
+            {"set_alpha_to_one": True}, {"thresholding": True}, {"thresholding": True, "sample_max_value": 2.0},
+            {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 0.5},
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        ],
+        "euler": [
+            {"interpolation_type": "log_linear"}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True},
+            {"sigma_min": 0.1}, {"sigma_max": 5.0}, {"sigma_min": 0.1, "sigma_max": 5.0, "use_karras_sigmas": True},
+            {"timestep_type": "continuous"}, {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+            {"final_sigmas_type": "sigma_min"},
+        ],
+        "dpmsolver++": [
+            {"solver_order": 1}, {"solver_order": 3}, {"solver_type": "heun"}, {"algorithm_type": "sde-dpmsolver++"},
+            {"lower_order_final": False}, {"euler_at_final": True}, {"use_karras_sigmas": True},
+            {"use_exponential_sigmas": True}, {"use_lu_lambdas": True}, {"final_sigmas_type": "sigma_min"},
+            {"lambda_min_clipped": -5.1}, {"thresholding": True}, {"use_dynamic_shifting": True}, {"flow_shift": 3.0},
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        ],
+    }  # fmt: skip
+    return common + own[sampler]
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
+def test_every_scheduler_option_equals_diffusers_or_is_left_to_it(sampler: str) -> None:
+    pipe = pipeline("sd1")
+    kept, wrong, left = pipe.scheduler, {}, 0
+    known = inspect.signature(getattr(diffusers, SCHEDULERS[sampler])).parameters
+    try:
+        for options in _values(sampler):
+            if not set(options) <= set(known):
+                continue
+            pipe.scheduler = getattr(diffusers, SCHEDULERS[sampler])(**SD_BETAS | options)
+            if NativeEngine.supports(pipe) is not None:  # the pipeline adapter then runs diffusers itself
+                left += 1
+            elif not (found := difference(pipe, request(5, strength=0.7, guidance_scale=3.0), steps=6)) < TOLERANCE:
+                wrong[str(options)] = found
+    finally:
+        pipe.scheduler = kept
+    assert not wrong
+    assert left >= 2
 
 
 @pytest.mark.usefixtures("exact")

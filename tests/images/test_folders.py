@@ -7,7 +7,7 @@ from torchvision.datasets import ImageFolder
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from sgid_transforms.errors import FolderError, RecipeError
-from sgid_transforms.images.folders import list_folder, scan_files, show
+from sgid_transforms.images.folders import lies_in_ours, list_folder, scan_files, show
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.variants import Provenance, VariantStore
@@ -101,6 +101,53 @@ def test_what_this_package_wrote_is_never_taken_for_originals(tmp_path, where, w
     write(root / where)
     after = list_folder(root)
     assert (after.files, after.classes, after.skipped) == (before.files, before.classes, ())
+
+
+@pytest.mark.parametrize("write", [_store, _export])
+def test_data_that_is_a_store_or_an_export_itself_is_refused(tmp_path, write):
+    root = tmp_path / "d"
+    write(root)
+    plain_folder(root, 2, ("frog",))
+    with pytest.raises(FolderError, match="is a store of variants or an export, and holds no originals"):
+        list_folder(root)
+
+
+@pytest.mark.parametrize("write", [_store, _export])
+def test_originals_in_a_class_folder_that_is_a_store_are_listed(tmp_path, write):
+    root = plain_folder(tmp_path / "d", 2)
+    write(root / "cat")
+    listing = list_folder(root)
+    assert listing.classes == ("dog",)
+    assert [(one.path.name, one.reason) for one in listing.skipped] == [
+        ("cat", "it is a store of variants or an export; move the originals in it elsewhere")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("below", "ours"),
+    [
+        ("", False),  # files beside the marker
+        ("train/cat", False),  # a class folder whose name could be that of a recipe
+        ("train/cat/00", False),
+        ("quarantine", True),
+        ("tmp/x", True),
+        ("0123456789abcdef/7f", True),
+    ],
+)
+def test_a_store_may_have_originals_beside_its_own_folders(tmp_path, below, ours):
+    _store(tmp_path)
+    assert lies_in_ours(tmp_path / below) is ours
+
+
+def test_some_class_names_that_name_no_folder_are_told(tmp_path, caplog):
+    list_folder(plain_folder(tmp_path, 1), {"cat": "tabby cat", "bird": "robin"})
+    assert "1 class names belong to no class folder, such as 'bird'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["---", "\u200b", "+++", "__-__"])
+def test_a_class_folder_without_words_is_refused(tmp_path, name):
+    with pytest.raises(RecipeError, match="has no words in its name"):
+        list_folder(plain_folder(tmp_path, 1, (name,)))
 
 
 def test_somebody_elses_metadata_makes_no_export(tmp_path):

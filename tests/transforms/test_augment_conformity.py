@@ -5,7 +5,7 @@ import gc
 import math
 import os
 import pickle
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -550,3 +550,74 @@ def test_a_device_that_is_not_there_obeys_on_error(make: Make) -> None:
     image = pil_picture(0)
     assert sgid(image) is image
     assert sgid.stats().fallbacks == 1
+
+
+@pytest.mark.parametrize(
+    ("sample", "word"),
+    [
+        (lambda: torch.rand(28, 28), "has no channels"),
+        (lambda: (torch.zeros(28, 28), 3), "has no channels"),
+        (lambda: torch.zeros(2, 3, 3, 8, 8), "too many dimensions"),
+        (lambda: [torch.zeros(1, 2, 3, 3, 8, 8, dtype=torch.uint8)], "too many dimensions"),
+    ],
+)
+def test_tensors_that_are_no_images_are_not_passed_over(make: Make, sample: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        make()(sample())
+
+
+def test_a_mask_beside_a_numpy_image_is_not_taken_for_the_image(make: Make) -> None:
+    sample = {"image": np.zeros((8, 8, 3), np.uint8), "mask": torch.zeros(1, 8, 8, dtype=torch.uint8)}
+    with pytest.raises(TypeError, match=r"NumPy array of shape \(8, 8, 3\)"):
+        make()(sample)
+
+
+@pytest.mark.parametrize(
+    "sample", [UserDict(image=pil_picture(0)), {"image": {"bytes": b"x"}}, object(), 7], ids=lambda one: type(one).__name__
+)
+def test_a_sample_without_an_image_is_told_once(make: Make, caplog: pytest.LogCaptureFixture, sample: Any) -> None:
+    sgid = make()
+    for _ in range(3):
+        assert sgid(sample) is sample
+    assert caplog.text.count("a sample holds no image that could be replaced") == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["cat", "names.json", b"cat", {"cat", "dog"}, 3, ["cat", None], iter(["cat"]), {0: None}],
+    ids=lambda one: type(one).__name__,
+)
+def test_class_names_that_name_nothing_are_refused(make: Make, names: Any) -> None:
+    with pytest.raises(TypeError, match=r"class_names is .*; pass a list with a name for each class number"):
+        make(class_names=names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["cat"], ("cat",), np.array(["cat"]), {0: "cat"}, {"n01": "cat"}, [("cat", "kitten")]],
+    ids=lambda one: type(one).__name__,
+)
+def test_class_names_in_every_usual_form_are_taken(make: Make, names: Any) -> None:
+    assert make(class_names=names).class_names is names
+
+
+@pytest.mark.parametrize("recipe", ["tiny", {"model": "tiny"}, Path("r.toml")], ids=repr)
+def test_a_recipe_of_another_type_is_refused(make: Make, recipe: Any) -> None:
+    with pytest.raises(TypeError, match="pass a Recipe"):
+        make(recipe=recipe)
+
+
+@pytest.mark.parametrize("count", [0, -1, True, "4", None, 1.5, 10**30])
+def test_a_number_of_variants_that_is_none_is_refused(make: Make, count: Any) -> None:
+    with pytest.raises(ValueError, match="variants_per_image"):
+        make(variants_per_image=count)
+
+
+def test_numpy_counts_are_numbers(make: Make) -> None:
+    assert make(variants_per_image=np.int64(2)).variants_per_image == 2
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_timeout_that_is_none_is_refused(make: Make, seconds: float) -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        make(timeout=seconds)

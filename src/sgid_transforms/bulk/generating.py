@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from torch import Tensor
@@ -14,8 +15,8 @@ from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.bulk.captioning import CaptionReport, caption_folder
 from sgid_transforms.bulk.plan import Models, Shard, missing_variants
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.errors import ImageError, RecipeError, StoreError
-from sgid_transforms.files import free_bytes
+from sgid_transforms.errors import FolderError, GenerationError, ImageError, RecipeError, SGIDError, StoreError
+from sgid_transforms.files import free_bytes, show
 from sgid_transforms.images.folders import KnownImage, Scan, Skipped
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.reading import load_image
@@ -80,10 +81,12 @@ def generate_folder(
     Raises:
         ModelLoadError: A model cannot be loaded.
         StoreError: A store cannot be read or written.
+        FolderError: The variant store is the images' folder, or one of its class folders.
         GenerationError: The model itself fails, and not a request.
     """
     if count < 1:
         raise RecipeError(f"{count} variants per image are too few; ask for at least 1")
+    _check_place(scan, variants.root)
     models = models or Models()
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
@@ -99,7 +102,12 @@ def generate_folder(
     start = time.perf_counter()
     if builder is not None and not described.stopped:
         with tqdm(total=wanted, initial=wanted - len(todo), desc="variants", unit="img", disable=not progress) as bar:
-            work.run(builder, bar.update)
+            try:
+                work.run(builder, bar.update)
+            except SGIDError:
+                raise
+            except Exception as error:
+                raise GenerationError(f"the model failed: {type(error).__name__}: {error}") from error
     return GenerateReport(
         captions=described,
         images=len(images),
@@ -111,6 +119,16 @@ def generate_folder(
         stopped=described.stopped or work.stopped,
         seconds=time.perf_counter() - start,
     )
+
+
+def _check_place(scan: Scan, root: Path) -> None:
+    """Refuse a store whose files would lie among the originals."""
+    if scan.root is None:
+        return
+    store, data = root.resolve(), scan.root.resolve()
+    below = store.is_relative_to(data)
+    if store == data or (below and any(image.file.path.resolve().is_relative_to(store) for image in scan.images)):
+        raise FolderError(f"the variants would lie among the originals in {show(root)}; give a folder of their own")
 
 
 def build(scan: Scan, recipe: Recipe, captions: CaptionStore, variants: VariantStore, models: Models) -> Builder:

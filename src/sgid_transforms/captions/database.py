@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +23,8 @@ CREATE TABLE captions (
     captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT, digest INTEGER
 ) WITHOUT ROWID
 """
-_ADDED = {2: ("scorer TEXT", "prompt TEXT"), 3: ("digest INTEGER",)}
-"""Columns by the version of the schema that added them."""
+_ADDED = {2: {"scorer": "TEXT", "prompt": "TEXT"}, 3: {"digest": "INTEGER"}}
+"""Columns by the version of the schema that added them; a later version must add one."""
 
 # A row whose digest is NULL is taken as it is: another program has edited it.
 _EDITED = f"""
@@ -34,6 +36,7 @@ _CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
 
 _BUSY_SECONDS = 30.0
 _CACHE_KIB = 16384
+_MAGIC = b"SQLite format 3\0"
 _SALVAGE_DEPTH = 4  # leading hexadecimal digits of a key whose rows are given up together
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs"} | {
     f"fuse.{name}" for name in ("glusterfs", "sshfs", "s3fs", "ceph")
@@ -156,22 +159,60 @@ class Database:
             except sqlite3.Error as error:
                 raise self._failed("write", error) from error
 
-    def readable(self) -> dict[str, tuple[Any, ...]]:
-        """The rows by key, with their digests, around whatever part of the file cannot be read."""
-        rows: dict[str, tuple[Any, ...]] = {}
-        statement = f"SELECT {_ALL}, digest FROM captions"
+    def problem(self) -> str | None:
+        """What SQLite, or the schema, says against the file; None: it is whole."""
+        if not self.path.exists():
+            raise StoreError(f"there is no caption store at {self.path}; check the path")
+        try:
+            with self.reading() as connection:
+                found = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+        except StoreError as error:
+            if not isinstance(error.__cause__, sqlite3.DatabaseError) or isinstance(error.__cause__, sqlite3.OperationalError):
+                raise
+            return str(error.__cause__)
+        return None if found == "ok" else found.splitlines()[-1]
 
-        def read(connection: sqlite3.Connection, prefix: str) -> None:
-            where = (" WHERE key >= ? AND key < ?", (prefix, f"{prefix}g")) if prefix else ("", ())
+    def readable(self) -> dict[str, tuple[Any, ...]]:
+        """The rows by key, with their digests, around whatever part of the file cannot be read.
+
+        It reads a copy, whose header and schema are put right first.
+        """
+        rows: dict[str, tuple[Any, ...]] = {}
+
+        def read(connection: sqlite3.Connection, condition: str, *parameters: str) -> bool:
             try:
-                for row in connection.execute(statement + where[0], where[1]):
+                for row in connection.execute(f"SELECT {_ALL}, digest FROM captions {condition}", parameters):
                     rows.setdefault(str(row[0]), row)
             except sqlite3.DatabaseError:
-                for digit in "0123456789abcdef" if len(prefix) < _SALVAGE_DEPTH else "":
-                    read(connection, prefix + digit)
+                return False
+            return True
 
-        with self.reading() as connection:
-            read(connection, "")
+        def read_between(connection: sqlite3.Connection, prefix: str) -> None:
+            if not read(connection, "WHERE key >= ? AND key < ?", prefix, f"{prefix}g") and len(prefix) < _SALVAGE_DEPTH:
+                for digit in "0123456789abcdef":
+                    read_between(connection, prefix + digit)
+
+        self.close()
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder, _in_use():
+            copy = Path(folder, "copy")
+            for end in ("", "-wal"):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(f"{self.path}{end}", f"{copy}{end}")
+            with open(copy, "r+b") as file:
+                file.write(_MAGIC)
+            with contextlib.suppress(sqlite3.DatabaseError):
+                _repair_schema(copy)
+            connection = sqlite3.connect(copy, isolation_level=None)
+            connection.text_factory = _decoded
+            try:
+                connection.execute("PRAGMA writable_schema=ON")  # bears a damaged schema and a file that was cut
+                if not read(connection, "ORDER BY key") and not read(connection, "ORDER BY key DESC"):
+                    for digit in "0123456789abcdef":
+                        read_between(connection, digit)
+            except sqlite3.DatabaseError as error:
+                raise self._failed("read", error) from error
+            finally:
+                connection.close()
         return rows
 
     def close(self) -> None:
@@ -223,7 +264,7 @@ class Database:
             elif version == 0:
                 raise StoreError(f"the caption store {self.path} is empty; open it without readonly=True to fill it")
             elif version < _VERSION:
-                lacking = ", ".join(f"NULL AS {column.split()[0]}" for column in _added_since(version))
+                lacking = ", ".join(f"NULL AS {name}" for name in _added_since(version))
                 connection.execute(f"CREATE TEMP VIEW captions AS SELECT *, {lacking} FROM main.captions")
             connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         except BaseException:
@@ -232,17 +273,19 @@ class Database:
         return _Handle(connection, writable=writable)
 
     def _version(self, connection: sqlite3.Connection) -> int:
-        """The version of the file's schema, 0 for an empty file; ``StoreError`` for a file that is none of ours."""
-        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-        if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-            if version or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise StoreError(f"{self.path} is a SQLite file, but not a caption store; choose another path")
-        elif version > _VERSION:
-            raise StoreError(
-                f"the caption store {self.path} has schema version {version}, this version knows up to {_VERSION}; "
-                "upgrade sgid-transforms"
-            )
-        return version
+        """The version of the file's schema, 0 for an empty file; ``StoreError`` for a file that is none of ours.
+
+        Its columns say it. The header's numbers are for other programs: one flipped bit there must not close the whole store.
+        """
+        columns = {row[1] for row in connection.execute("PRAGMA main.table_info(captions)")}
+        if not columns and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return 0
+        lacking = next((version for version, names in sorted(_ADDED.items()) if not set(names) <= columns), _VERSION + 1)
+        if not set(COLUMNS[:8]) <= columns:
+            raise StoreError(f"{self.path} is a SQLite file, but not a caption store; choose another path")
+        if columns > {*COLUMNS, "digest"}:
+            raise StoreError(f"the caption store {self.path} was written by a later version; upgrade sgid-transforms")
+        return lacking - 1
 
     def _create_or_upgrade(self, connection: sqlite3.Connection) -> None:
         if not self._version(connection) and not _is_on_network(self.path):  # no logs there: https://sqlite.org/wal.html
@@ -251,7 +294,7 @@ class Database:
         with _transaction(connection):
             version = self._version(connection)  # asked again, now that nobody else can be changing it
             if version < _VERSION:
-                alter = [f"ALTER TABLE captions ADD COLUMN {column}" for column in _added_since(version)]
+                alter = [f"ALTER TABLE captions ADD COLUMN {name} {kind}" for name, kind in _added_since(version).items()]
                 for statement in alter if version else (_SCHEMA, f"PRAGMA application_id={_APPLICATION_ID}"):
                     connection.execute(statement)
                 connection.execute(_EDITED)
@@ -265,8 +308,23 @@ class Database:
         return StoreError(f"could not {verb} the caption store {self.path}: {text}; {hint}")
 
 
-def _added_since(version: int) -> list[str]:
-    return [column for added, columns in _ADDED.items() if added > version for column in columns]
+def _added_since(version: int) -> dict[str, str]:
+    return {name: kind for added, columns in _ADDED.items() if added > version for name, kind in columns.items()}
+
+
+def _repair_schema(path: Path) -> None:
+    """Write the table's definition anew, where it is not as it should be; its rows lie in the second page."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("PRAGMA writable_schema=ON")
+        (sql,) = connection.execute("SELECT sql FROM sqlite_master WHERE rootpage = 2").fetchone() or (None,)
+        if sql != _SCHEMA.strip() and "scorer" not in {row[1] for row in connection.execute("PRAGMA table_info(captions)")}:
+            definition = ("table", "captions", "captions", _SCHEMA.strip())
+            connection.execute(
+                "UPDATE sqlite_master SET type = ?, name = ?, tbl_name = ?, sql = ? WHERE rootpage = 2", definition
+            )
+    finally:
+        connection.close()
 
 
 def in_chunks(keys: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
@@ -19,10 +21,13 @@ from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import StoreError
 from sgid_transforms.files import Waiting, job_identity, try_lock
 from sgid_transforms.images.datasets import RawImages, RawSample
-from sgid_transforms.images.folders import is_ours
+from sgid_transforms.images.folders import lies_in_ours
+from sgid_transforms.images.forms import check_form
 from sgid_transforms.images.keys import image_key, to_uint8_chw
-from sgid_transforms.images.labels import ClassNames, label_name
-from sgid_transforms.images.reading import READ_ERRORS
+from sgid_transforms.images.labels import ClassNames, check_class_names, label_name
+from sgid_transforms.images.reading import check_size
+from sgid_transforms.models.loading import check_device
+from sgid_transforms.recipe.checks import integer
 from sgid_transforms.recipe.prompts import build_prompt, parse_template
 
 _log = logging.getLogger("sgid_transforms")
@@ -78,7 +83,10 @@ class Describer:
             from sgid_transforms.models.captioner import Captioner
 
             self._captioner = Captioner(self.captioner, device=self.device, batch_size=self.batch_size)
-        return list(self._captioner.caption(images))
+        texts = self._captioner.caption(images)
+        if not isinstance(texts, list | tuple) or len(texts) != len(images) or not all(isinstance(one, str) for one in texts):
+            raise TypeError(f"captioner {self.name} returned {texts!r:.80} for {len(images)} images, not a list of strings")
+        return list(texts)
 
     def prompt(self, label: str | None, caption: str) -> str:
         """The text that an image is scored against."""
@@ -92,7 +100,16 @@ class Describer:
             from sgid_transforms.models.clip import CLIPScorer
 
             self._scorer = CLIPScorer(self.scorer, device=self.device)
-        return [float(value) for value in self._scorer.image_text(list(images), list(prompts))] if images else []
+        if not images:
+            return []
+        scores = self._scorer.image_text(list(images), list(prompts))
+        try:
+            numbers = [float(value) for value in scores]
+        except (TypeError, ValueError, RuntimeError):
+            numbers = []
+        if len(numbers) != len(images):
+            raise TypeError(f"scorer {self.scorer_name} returned {scores!r:.80} for {len(images)} images, not a number each")
+        return list(numbers)
 
     def describe(self, known: Sequence[tuple[CaptionRecord, torch.Tensor]]) -> list[CaptionRecord]:
         """Complete records: an empty captioner means that the caption is to be written, everything is scored.
@@ -209,35 +226,48 @@ def prepare(
         ModelLoadError: A model cannot be loaded.
         StoreError: The caption store cannot be written, or another process was at it for ``timeout`` seconds.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    batch_size = integer("batch_size", batch_size, minimum=1, maximum=10**6)
+    check_class_names(class_names)
+    check_device(device)
     images = RawImages(dataset, stop or type(None))
     _check_repeatable(images, key)
     describer = Describer(template, captioner, scorer, device, batch_size)
     needs_label = any(name == "label" for _, name in parse_template(template))
     failed: list[tuple[int, str]] = []
+    unlabelled = 0
     with alone(captions, timeout) as lock:
         job = job_identity(str(captions.path), images.identity(key))
         if lock is not None and job is not None and os.pread(lock, 200, 0) == job.encode():
             return PrepareReport(len(images), known=len(images))  # another rank of this job has just done it
+        ours = functools.lru_cache(lies_in_ours)  # for this call alone: folders change
         with tqdm(total=len(images), desc="captions", unit="img", disable=not progress) as bar:
 
             def entries() -> Iterator[Entry]:
+                nonlocal unlabelled
                 for index in range(len(images)):
                     try:
                         sample = images[index]
-                        if sample.path is not None and _lies_in_ours(os.path.dirname(sample.path)):
+                        if sample.path is not None and ours(Path(sample.path).parent):
                             raise ValueError("it is a variant or an export, not an original; keep those elsewhere")
+                        check_form(sample.image)
+                        check_size(*_size(sample.image))
                         name = key(sample.image)
-                    except READ_ERRORS as error:
+                    except Exception as error:  # of any data set's own code: one bad item must not end the job
                         failed.append((index, f"{type(error).__name__}: {error}"))
                     else:
                         label = _name_of(sample, class_names, needs_label)
+                        unlabelled += sample.label is None
                         load = functools.partial(_identity, sample.image)
                         yield Entry(name, label, sample.path, load, _pixels(sample.image))
                     bar.update()
 
             tally = complete(entries(), captions, describer)
+        if unlabelled and needs_label:
+            _log.warning(
+                "%d of %d items have no label that can be read (a class number or name); the prompt needs one",
+                unlabelled,
+                len(images),
+            )
         if lock is not None and job is not None:
             os.ftruncate(lock, 0)
             os.pwrite(lock, job.encode(), 0)
@@ -278,7 +308,7 @@ def complete(
                 record = _to_do(known, entry, stale)
                 try:
                     pending[entry.key] = (record, _small(to_uint8_chw(entry.load())))
-                except READ_ERRORS as error:
+                except Exception as error:
                     tally.failed.append((entry.path, str(error)))
                     continue
                 tally.captioned += not record.captioner and not record.caption
@@ -315,9 +345,13 @@ def _identity(image: Any) -> Any:
     return image
 
 
+def _size(image: Any) -> tuple[int, int]:
+    """Width and height."""
+    return (image.width, image.height) if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
+
+
 def _pixels(image: Any) -> int:
-    height, width = (image.height, image.width) if hasattr(image, "width") else image.shape[-2:]
-    return int(height * width)
+    return math.prod(_size(image))
 
 
 def _small(image: torch.Tensor) -> torch.Tensor:
@@ -373,12 +407,6 @@ def _name_of(sample: RawSample, class_names: ClassNames | None, needed: bool) ->
     return name
 
 
-@functools.lru_cache(maxsize=65536)
-def _lies_in_ours(folder: str) -> bool:
-    parents = (Path(folder), *Path(folder).parents)
-    return any(is_ours(parent) for parent in parents)
-
-
 def _means_none(label: Any) -> bool:
     """No label, or a negative number, by which data sets say the same."""
     return label is None or (isinstance(label, int) and label < 0)
@@ -391,7 +419,7 @@ def _check_repeatable(images: RawImages, key: Callable[[Any], str]) -> None:
         twice = [key(images[0].image) for _ in range(2)]
     except TypeError:  # items without an image: no data set for us at all
         raise
-    except READ_ERRORS:  # one that cannot be read is listed with the others
+    except Exception:  # one that cannot be read is listed with the others
         return
     if twice[0] != twice[1]:
         raise ValueError(

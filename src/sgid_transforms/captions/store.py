@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,12 +299,7 @@ class CaptionStore:
         Raises:
             StoreError: It is not a SQLite file any more, or cannot be repaired.
         """
-        with self._database.reading() as connection:
-            try:
-                text = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
-            except sqlite3.DatabaseError as error:
-                text = str(error)
-        broken = None if text == "ok" else text.splitlines()[-1]
+        broken = self._database.problem()
         rows = self._database.readable()
         damaged = tuple(key for key, row in rows.items() if from_row(row) is None)
         if repair and broken:
@@ -331,21 +325,23 @@ class CaptionStore:
         return record
 
     def _rebuild(self, records: Sequence[CaptionRecord]) -> None:
-        """Put a new file with ``records`` in the place of a damaged one, which is kept."""
-        self.close()
+        """Put a new file with ``records`` in the place of a damaged one, which is kept; there is one of them at any moment."""
         new, old = CaptionStore(f"{self.path}.repaired"), Path(f"{self.path}.damaged")
         if old.exists():
             raise StoreError(f"{old} is there from an earlier repair; move it away first")
-        new.path.unlink(missing_ok=True)
-        new.put_many(records)
-        new.close()
         try:
-            for end in ("-wal", "-shm", ""):
+            new.path.unlink(missing_ok=True)
+            len(new)  # there is a store even without records
+            new.put_many(records)
+            new.close()
+            self.close()
+            for end in ("-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(f"{self.path}{end}", f"{old}{end}")
-            os.rename(new.path, self.path)
+            os.link(self.path, old)
+            os.replace(new.path, self.path)
         except OSError as error:
-            raise StoreError(f"{self.path} could not be replaced by {new.path}: {error.strerror}") from error
+            raise StoreError(f"{self.path} could not be replaced by {new.path}: {error.strerror or error}") from error
 
 
 def _ranked(rows: Sequence[tuple[str, float, float | None]], *, keep: bool) -> list[tuple[float | None, str]]:

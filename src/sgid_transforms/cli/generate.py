@@ -39,7 +39,7 @@ def stoppable() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked and number == signal.SIGINT:
+        if number == signal.SIGINT and (asked or _loads(frame)):
             raise KeyboardInterrupt
         asked.append(number)
         with suppress(OSError):  # no print: the signal may have come in the middle of another one
@@ -51,6 +51,18 @@ def stoppable() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _loads(frame: FrameType | None) -> bool:
+    """Whether a model is being loaded, possibly after a long download: nothing is in work that could be finished first."""
+    while frame is not None:
+        where, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if where == "sgid_transforms.building.builder" and name == "build":
+            return True
+        if where.startswith("sgid_transforms.models.") and name in ("__init__", "load"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def caption(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sgid_transforms.cli.output import fail
+from sgid_transforms.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from sgid_transforms.bulk import Models, Shard
@@ -40,7 +41,7 @@ def recipe_from(recipe: Path | None, model: str | None) -> "Recipe":
 
     if recipe is not None and model is not None:
         raise typer.BadParameter("give --recipe or --model, not both: a recipe names its model")
-    return Recipe.from_toml(recipe) if recipe is not None else Recipe.for_model(model or "tiny")
+    return Recipe.from_toml(recipe) if recipe is not None else Recipe.for_model("tiny" if model is None else model)
 
 
 def models_from(device: str, batch_size: int, captioner: str = "auto", scorer: str = "auto") -> "Models":
@@ -73,24 +74,14 @@ def resolve_device(device: str) -> str:
     """Choose CUDA for ``auto`` where there is a device, else the CPU; refuse any other name that cannot be used."""
     import torch
 
+    from sgid_transforms.models.loading import check_device
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device)
-    except RuntimeError:
-        problem = f"{device!r} is not a device; give auto, cpu, cuda, cuda:1 or mps"
-    else:
-        if found.type == "cuda" and not torch.cuda.is_available():
-            problem = f"PyTorch {torch.__version__} sees no CUDA device; give --device cpu, or see `sgid doctor`"
-        elif found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-            problem = f"{device!r} is not among the {torch.cuda.device_count()} devices"
-        elif found.type == "mps" and not torch.backends.mps.is_available():
-            problem = "MPS is not available here; give --device cpu"
-        elif found.type not in ("cpu", "cuda", "mps", "xpu"):
-            problem = f"{device!r} cannot run these models; give cpu, cuda or mps"
-        else:
-            return device
-    raise typer.BadParameter(problem, param_hint="--device")
+        return str(check_device(device))
+    except ModelLoadError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
 
 
 def class_names_from(path: Path | None) -> dict[str, str] | None:
@@ -98,14 +89,17 @@ def class_names_from(path: Path | None) -> dict[str, str] | None:
     if path is None:
         return None
     names: Any = None
+    is_toml = path.suffix.lower() == ".toml"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        names = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        names = tomllib.loads(text) if is_toml else json.loads(text)
         problem = "is not a table of names"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-    except (ValueError, RecursionError):  # both formats' errors, and bytes that are not UTF-8
-        problem = f"is not {'TOML' if path.suffix == '.toml' else 'JSON'}"
+    except UnicodeDecodeError:
+        problem = "is not UTF-8"
+    except (ValueError, RecursionError):  # both formats' errors
+        problem = f"is not {'TOML' if is_toml else 'JSON'}"
     if not isinstance(names, dict) or not names or not all(isinstance(words, str) for words in names.values()):
         raise typer.BadParameter(f'{path} {problem}; write {{"folder name": "words"}}', param_hint="--class-names")
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from sgid_transforms.generation.requests import (
     check_text,
 )
 from sgid_transforms.models.clip import CLIPScorer
-from sgid_transforms.models.loading import compile_pipeline, default_dtype, load_pipeline, padded_sizes
+from sgid_transforms.models.loading import check_device, compile_pipeline, default_dtype, load_pipeline, padded_sizes
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.prompts import build_prompt
 from sgid_transforms.recipe.recipe import Filters, Recipe
@@ -135,7 +136,10 @@ class Generator:
             ModelLoadError: the model cannot be loaded.
             RecipeError: the recipe does not fit the model.
         """
-        device = torch.device(device)
+        device = check_device(device)
+        unknown = sorted(set(loading) - set(inspect.signature(load_pipeline).parameters))
+        if unknown:
+            raise RecipeError(f"{', '.join(unknown)} is no option of the generator; see load_pipeline")
         size = choose_batch_size(batch_size, device)
         loaded = pipeline is None
         if loaded:

@@ -21,6 +21,12 @@ _PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+_NATIVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"},
+    "EulerDiscreteScheduler": {"interpolation_type": "linear", "final_sigmas_type": "zero"},
+}
+"""Options of schedulers that the native samplers know in one value only."""
+
 _TEXT_PARTS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "prior_tokenizer": "prior_text_encoder"}
 _MAX_ASPECT = 4.0  # beyond it, models that know only near-square images repeat themselves
 
@@ -47,6 +53,11 @@ def obstacle(pipeline: Any) -> str | None:
     schedule, kind = pipeline.scheduler.config, type(pipeline.scheduler).__name__
     if not hasattr(pipeline.scheduler, "alphas_cumprod") or schedule.get("thresholding", False):
         return f"{name} has a {kind}, for which no native sampler can stand; {way_out}"
+    for option, native in _NATIVE_OPTIONS.get(kind, {}).items():
+        if schedule.get(option, native) != native:
+            return f"{name} has a {kind} with {option}={schedule[option]!r}, for which no native sampler can stand; {way_out}"
+    if schedule.get("timestep_type") == "continuous" and schedule.get("prediction_type") == "v_prediction":
+        return f"{name} has a {kind} with continuous v-prediction, for which no native sampler can stand; {way_out}"
     if schedule.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         return f"{name} predicts {schedule['prediction_type']!r}, which the native samplers do not know; {way_out}"
     return None

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch.utils.data import ConcatDataset, Subset
+from torch import nn
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import v2
 
 from sgid_transforms.images.labels import label_field
-from sgid_transforms.images.reading import READ_ERRORS
 from sgid_transforms.images.samples import take_apart
 
 
@@ -55,7 +55,7 @@ class RawImages:
     """
 
     def __init__(self, dataset: Any, stop: type) -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise TypeError(f"{type(dataset).__name__} is not a map-style data set: it needs __len__ and __getitem__")
         self._dataset, self._stop = dataset, stop
         self._bare: dict[int, Any] = {}
@@ -78,7 +78,7 @@ class RawImages:
         files = [getattr(leaf, "samples", None) for leaf in leaves.values()]
         keys = []
         for index in range(0, len(self), max(1, len(self) // 16)):
-            with contextlib.suppress(*READ_ERRORS):
+            with contextlib.suppress(Exception):
                 keys.append(key(self[index].image))
         parts = repr(([place.position for place in places], files, keys))
         return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()
@@ -130,17 +130,18 @@ def _before(transform: Any, stop: type) -> Any:
     return v2.Compose(chain) if chain else None
 
 
-def _chain_before(transform: Any, stop: type) -> list[Any] | None:
+def _chain_before(transform: Any, stop: type, around: tuple[int, ...] = ()) -> list[Any] | None:
     if isinstance(transform, stop):
         return []
-    members = getattr(transform, "transforms", None)
-    if members is None:
+    members = list(transform) if isinstance(transform, nn.Sequential) else getattr(transform, "transforms", None)
+    if members is None or id(transform) in around:
         return None
+    around = (*around, id(transform))
     if not isinstance(members, list | tuple):  # a preset that holds a Compose, as torchvision's training scripts have it
-        return _chain_before(members, stop)
+        return _chain_before(members, stop, around)
     chain: list[Any] = []
     for member in members:
-        inside = _chain_before(member, stop)
+        inside = _chain_before(member, stop, around)
         if inside is not None:
             return chain + inside
         chain.append(member)
@@ -151,7 +152,8 @@ def _classes(dataset: Any, item: Any) -> Sequence[Any] | None:
     """The names of the classes: those of the very column that holds the label, else of the data set."""
     features = getattr(dataset, "features", None)
     if isinstance(item, dict) and features:  # Hugging Face
-        names: Sequence[str] | None = getattr(features.get(label_field(item)), "names", None)
+        column = features.get(label_field(item))
+        names: Sequence[str] | None = getattr(getattr(column, "feature", column), "names", None)  # a list of classes, too
         return names
     for name in ("classes", "categories"):
         found = getattr(dataset, name, None)

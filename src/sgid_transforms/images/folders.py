@@ -1,7 +1,9 @@
 """A folder of class folders, as torchvision's ``ImageFolder`` reads it, but with every file accounted for."""
 
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,10 @@ from sgid_transforms.files import show
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import is_image_name, read_image
 from sgid_transforms.recipe.prompts import clean_label
+
+_log = logging.getLogger("sgid_transforms")
+
+_WRITTEN = re.compile("[a-z0-9_-]{4,64}/[0-9a-f]{2}|(tmp|quarantine)(/.*)?")  # folders that a store makes
 
 VARIANTS_MARKER = "sgid-variants.json"
 """The file that marks a folder as a store of variants."""
@@ -116,7 +122,10 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
         entries = sorted(top.iterdir())
     except OSError as error:
         raise FolderError(f"{show(top)} cannot be read ({error.strerror}); check its permissions") from None
-    entries = [entry for entry in entries if not is_ours(entry)]
+    if is_ours(top):
+        raise FolderError(f"{show(top)} is a store of variants or an export, and holds no originals; give another folder")
+    ours = [entry for entry in entries if is_ours(entry)]
+    entries = [entry for entry in entries if entry not in ours]
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     loose = [entry for entry in entries if is_image_name(entry) and not entry.is_dir()]
     if not folders:
@@ -124,6 +133,9 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
         raise FolderError(f"{show(top)} has {what}; put the images of each class into a folder that is named as the class")
     _known(class_names, folders)
     skipped = [Skipped(path, "it lies outside of the class folders; move it into one") for path in loose]
+    for entry in ours:
+        if entry.is_dir() and any(is_image_name(path) for path in entry.iterdir()):
+            skipped.append(Skipped(entry, "it is a store of variants or an export; move the originals in it elsewhere"))
     for entry in entries:
         if entry.is_dir() and entry.name.startswith(".") and any(map(is_image_name, _walk(entry, lambda *_: None))):
             skipped.append(Skipped(entry, "it is a hidden folder, which ImageFolder takes for a class; move it away"))
@@ -187,6 +199,16 @@ def is_ours(path: Path) -> bool:
     return isinstance(first, dict) and {"recipe", "key", "file_name"} <= first.keys()
 
 
+def lies_in_ours(folder: Path) -> bool:
+    """Whether this package wrote what lies in ``folder``. A store may well have originals beside its own folders."""
+    for parent in (folder, *folder.parents):
+        if is_ours(parent):
+            below = folder.relative_to(parent).parts
+            if not os.path.lexists(parent / VARIANTS_MARKER) or _WRITTEN.fullmatch("/".join(below[:2])):
+                return True
+    return False
+
+
 def _walk(folder: Path, skip: Callable[[Path, str], None]) -> Iterator[Path]:
     """All files below ``folder``, through links as well, but never around in a circle."""
     seen: set[tuple[int, int]] = set()
@@ -220,3 +242,5 @@ def _known(class_names: Mapping[str, str] | None, folders: Iterable[Path]) -> No
     unknown = [name for name in class_names or () if name not in names]
     if class_names and len(unknown) == len(class_names):
         raise RecipeError(f"none of the {len(unknown)} class names, such as {unknown[0]!r}, is a class folder; check the file")
+    if unknown:
+        _log.warning("%d class names belong to no class folder, such as %r", len(unknown), unknown[0])

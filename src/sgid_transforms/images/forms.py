@@ -18,21 +18,30 @@ def is_image(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, tv_tensors.TVTensor) and value.ndim in (3, 4)
 
 
-def refuse_other_images(values: Sequence[Any]) -> None:
-    """Refuse what looks like an image in a form that is not taken, where a sample holds no other: it would do nothing.
+def refuse_other_images(values: Sequence[Any], *, alone: bool = True) -> None:
+    """Refuse what looks like an image in a form that is not taken: it would stay as it is without a word.
+
+    Args:
+        values: The members of a sample.
+        alone: Whether there is no image beside them. Otherwise only pictures as OpenCV and Albumentations have them count: a
+            plain tensor beside them is their mask.
 
     Raises:
-        TypeError: A NumPy array, as OpenCV and Albumentations have it.
-        ValueError: A grey tensor without its channel.
+        TypeError: A NumPy array.
+        ValueError: A grey tensor without its channel, or one of more than 4 dimensions.
     """
-    for value in values:
-        if not isinstance(value, torch.Tensor) and hasattr(value, "__array_interface__") and getattr(value, "ndim", 0) >= 2:
-            shape = tuple(value.shape)
-            raise TypeError(
-                f"a NumPy array of shape {shape} is not taken as an image; put v2.ToImage() or Image.fromarray before it"
-            )
-        if type(value) is torch.Tensor and value.ndim == 2 and min(value.shape) > 1 and value.dtype == torch.uint8:
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} has no channels; pass (1, H, W), as image[None]")
+    for position, value in enumerate(values):
+        shape = tuple(getattr(value, "shape", ()))
+        if not isinstance(value, torch.Tensor) and hasattr(value, "__array_interface__") and len(shape) >= 2:
+            if alone or (len(shape) == 3 and shape[-1] in (1, 3, 4)):
+                raise TypeError(
+                    f"a NumPy array of shape {shape} is not taken as an image; put v2.ToImage() or Image.fromarray before it"
+                )
+        elif alone and type(value) is torch.Tensor and (position == 0 or value.dtype == torch.uint8):
+            if len(shape) == 2 and min(shape) > 1:
+                raise ValueError(f"a tensor of shape {shape} has no channels; pass (1, H, W), as image[None]")
+            if len(shape) > 4:
+                raise ValueError(f"a tensor of shape {shape} has too many dimensions; pass (C, H, W) or (B, C, H, W)")
 
 
 def check_form(image: Any) -> None:

@@ -16,6 +16,20 @@ ClassNames = Mapping[Any, Any] | Sequence[Any]
 """The name of each class number, in order or by number, or words for coded names."""
 
 
+def check_class_names(names: Any) -> None:
+    """Refuse what does not name classes.
+
+    Raises:
+        TypeError: It is neither a mapping nor a sequence of names; a path or a set, for instance.
+    """
+    if names is None:
+        return
+    values = names.values() if isinstance(names, Mapping) else names
+    fits = isinstance(names, Mapping) or (hasattr(names, "__len__") and hasattr(names, "__getitem__"))
+    if isinstance(names, str | bytes) or not fits or not all(isinstance(one, str | list | tuple) for one in values):
+        raise TypeError(f"class_names is {names!r:.80}; pass a list with a name for each class number, or a mapping to words")
+
+
 def find_labels(sample: Any, count: int) -> list[Any]:
     """The label of each of the ``count`` images of a sample, None where there is none.
 
@@ -80,6 +94,8 @@ def _locate(sample: Any) -> Any:
 
 
 def _is_label(value: Any) -> bool:
+    if isinstance(value, str):  # NumPy's strings as well
+        return True
     if isinstance(value, torch.Tensor):
         whole = not value.is_floating_point() and value.dtype != torch.bool
         return (whole and value.ndim <= 1) or (value.is_floating_point() and value.ndim == 2)
@@ -87,4 +103,4 @@ def _is_label(value: Any) -> bool:
         return bool(value) and all(_is_label(one) for one in value)
     if hasattr(value, "dtype") and getattr(value, "ndim", 2) <= 1:  # NumPy's numbers, and arrays of them
         return value.dtype.kind in "iu"
-    return isinstance(value, numbers.Integral | str) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -37,6 +37,16 @@ _TOO_LARGE: Final = (
 )
 
 
+def check_size(width: int, height: int) -> None:
+    """Refuse a picture that no store could hold a variant of.
+
+    Raises:
+        ImageError: It has more than ``MAX_PIXELS`` pixels, or a side longer than ``MAX_SIDE``.
+    """
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ImageError(_TOO_LARGE)
+
+
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """The picture of a file as a person sees it: turned as its EXIF orientation says, in mode RGB, decoded to the end.
 
@@ -63,8 +73,7 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
             warnings.simplefilter("ignore")  # broken EXIF and odd metadata; pixels in doubt raise
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                    raise ImageError(_TOO_LARGE)
+                check_size(*image.size)
                 if image.mode not in _MODES or _is_deep(image):
                     raise ImageError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
                 image.load()

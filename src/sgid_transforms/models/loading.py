@@ -25,6 +25,27 @@ from sgid_transforms.models.checkpoints import (
 _MAX_COMPILED_SHAPES = 8  # CUDA graphs warn past this many
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of that name, if models can run there.
+
+    Raises:
+        ModelLoadError: There is none, or not in this machine.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ModelLoadError(f"{device!r} is not a device; give cpu, cuda, cuda:1 or mps") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"PyTorch {torch.__version__} sees no CUDA device; use the device cpu, or see `sgid doctor`")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelLoadError(f"{str(found)!r} is not among the {torch.cuda.device_count()} devices")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelLoadError("MPS is not available here; use the device cpu")
+    if found.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ModelLoadError(f"{str(found)!r} cannot run these models; give cpu, cuda or mps")
+    return found
+
+
 def load_pipeline(
     model: str,
     *,
@@ -65,7 +86,9 @@ def load_pipeline(
         >>> type(pipeline).__name__
         'StableDiffusionImg2ImgPipeline'
     """
-    device = torch.device(device)
+    device = check_device(device)
+    if not isinstance(dtype, torch.dtype | None):
+        raise ModelLoadError(f"dtype is {dtype!r}; pass a torch.dtype, such as torch.float16")
     dtype = default_dtype(device) if dtype is None else dtype
     offline = is_offline() if local_files_only is None else local_files_only
     if cpu_offload and device.type == "cpu":

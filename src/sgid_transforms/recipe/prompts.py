@@ -27,7 +27,7 @@ def clean_label(name: str, class_names: Mapping[str, str] | None = None) -> str:
         RecipeError: if nothing is left of the name.
     """
     words = _plain(class_names[name]) if class_names is not None and name in class_names else _plain(name.replace("_", " "))
-    if not words:
+    if not any(map(str.isalnum, words)):
         raise RecipeError(f"class name {name!r} has no words in it; map it with class_names={{{name!r}: ...}}")
     return words
 

@@ -12,7 +12,7 @@ from typing import Any
 from sgid_transforms.building.wanted import Outcome, Wanted
 from sgid_transforms.errors import ServiceError
 from sgid_transforms.files import Waiting
-from sgid_transforms.service.protocol import FRAME_BYTES, Frame, outcomes_of, recv_frame, send_frame, wanted_header
+from sgid_transforms.service.protocol import FRAME_BYTES, FRAME_ITEMS, Frame, outcomes_of, recv_frame, send_frame, wanted_header
 
 _FULL_PAUSE = 0.1  # seconds without asking after the background queue was found full
 
@@ -267,7 +267,7 @@ def _frames(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
     part: list[Wanted] = []
     size = 0
     for one in wanted:
-        if part and size + one.image.numel() > FRAME_BYTES:
+        if part and (size + one.image.numel() > FRAME_BYTES or len(part) == FRAME_ITEMS):
             yield part
             part, size = [], 0
         part.append(one)

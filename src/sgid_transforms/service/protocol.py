@@ -8,18 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
+from sgid_transforms.images.reading import MAX_PIXELS
 
 if TYPE_CHECKING:
     import torch
 
 _PREFIX = struct.Struct(">4sIQ")  # magic, bytes of JSON, bytes of pixels
 _MAGIC = b"SGI2"
-_MAX_HEADER = 1 << 24
-_MAX_PIXELS = 3 * (1 << 28)  # bytes of the largest image that is sent at all
-_CHUNK = 1 << 20
+_MAX_HEADER = 1 << 20
+_MAX_PIXELS = 3 * MAX_PIXELS  # bytes of the largest image that there can be
+_CHUNK = 1 << 24
 
 FRAME_BYTES = 1 << 26
 """Pixels of one frame, unless a single image has more: a client sends further ones in frames of their own."""
+
+FRAME_ITEMS = 256
+"""Images of one frame."""
 
 
 class Frame(NamedTuple):
@@ -143,7 +147,7 @@ def _recv_exactly(sock: socket.socket, size: int) -> bytearray:
     buffer = bytearray()  # writable, so that a tensor can be laid over it without a copy
     while len(buffer) < size:
         start = len(buffer)
-        buffer += bytes(min(max(_CHUNK, start), size - start))
+        buffer += bytes(min(_CHUNK, max(1 << 16, start), size - start))
         view = memoryview(buffer)
         got = start
         while got < len(view):

@@ -22,6 +22,7 @@ from sgid_transforms.service.protocol import Frame, outcome_header, recv_frame, 
 from sgid_transforms.service.queue import WantedQueue
 
 HEARTBEAT = 1.0  # seconds between two signs of life towards a client that waits
+_FRAME_SECONDS = 60.0  # for a client to send the rest of a frame, or to read an answer
 _PAUSE = 0.05  # seconds before the next try, when there was no descriptor or thread for a client
 _PR_SET_PDEATHSIG = 1
 
@@ -96,6 +97,9 @@ class Server:
         with connection, contextlib.suppress(OSError, EOFError):
             try:
                 while True:
+                    connection.settimeout(None)
+                    connection.recv(1, socket.MSG_PEEK)  # a client may be quiet for as long as it likes, but not within a frame
+                    connection.settimeout(_FRAME_SECONDS)
                     frame = recv_frame(connection)
                     if frame.op == "generate" and not is_caller:
                         is_caller = True

@@ -23,7 +23,8 @@ from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import GenerationError, MissingCaptionError, ServiceError
 from sgid_transforms.images.forms import check_form, is_image, pil_like, refuse_other_images, tensor_like, to_pil
 from sgid_transforms.images.keys import image_key, to_uint8_chw
-from sgid_transforms.images.labels import find_labels, label_name
+from sgid_transforms.images.labels import check_class_names, find_labels, label_name
+from sgid_transforms.recipe.checks import integer
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.service.process import GenerationService, job_rendezvous
 from sgid_transforms.transforms.gate import P, balanced_p, check_p, class_p, unknown_classes
@@ -127,8 +128,10 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         timeout: float | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(variants_per_image, bool) or not isinstance(variants_per_image, int) or variants_per_image < 1:
-            raise ValueError(f"variants_per_image is {variants_per_image!r}; it must be an integer of at least 1")
+        variants_per_image = integer("variants_per_image", variants_per_image, minimum=1, maximum=10**9)
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe is {recipe!r:.80}; pass a Recipe, such as Recipe.from_toml(...) or Recipe(model=...)")
+        check_class_names(class_names)
         _check_choice("on_miss", on_miss, ("generate", "queue", "original"))
         _check_choice("missing", missing, ("error", "original", "caption"))
         _check_choice("on_error", on_error, ("raise", "original"))
@@ -209,8 +212,10 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         flat, spec = tree_flatten(sample)
         self.check_inputs(flat)
         where = [index for index, needed in enumerate(self._needs_transform_list(flat)) if needed]
+        if not where or all(type(flat[index]) is torch.Tensor for index in where):
+            refuse_other_images(flat, alone=not where)
         if not where:
-            refuse_other_images(flat)
+            self._log_once("no image", f"a sample holds no image that could be replaced: {type(sample).__name__}")
         for index in where:
             check_form(flat[index])
         images: list[Any] = []

@@ -75,5 +75,7 @@ class SGIDDataset(Dataset[Any]):
         if isinstance(sample, Mapping):
             field = label_field(sample)
             return sample if field is None else {**sample, field: change(sample[field])}
+        if not isinstance(sample, list | tuple) or len(sample) < 2:
+            return sample
         items = [sample[0], change(sample[1]), *sample[2:]]
         return getattr(type(sample), "_make", type(sample))(items)  # a named tuple stays one, and a list a list

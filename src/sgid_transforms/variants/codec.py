@@ -14,12 +14,10 @@ import torch
 from PIL import Image
 
 from sgid_transforms.errors import StoreError
+from sgid_transforms.images.reading import MAX_PIXELS, MAX_SIDE
 from sgid_transforms.variants.layout import DamagedFileError
 
 IMAGE_FORMATS = ("auto", "png", "webp-lossless", "webp", "jpeg")
-MAX_PIXELS = 2**26
-"""A file whose header promises more pixels than this (8192 x 8192) is damaged or a decompression bomb."""
-
 Pixels = npt.NDArray[np.uint8]
 
 _EXTENSION = {"png": ".png", "webp-lossless": ".webp", "webp": ".webp", "jpeg": ".jpg"}
@@ -48,8 +46,10 @@ def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]
         what = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
         raise StoreError(f"a variant must be a uint8 tensor of shape (3, H, W), not {what}")
     height, width = image.shape[1:]
-    if not 0 < height * width <= MAX_PIXELS or max(height, width) > 16383:
-        raise StoreError(f"a variant of {width} x {height} pixels cannot be stored; 1 x 1 to 8192 x 8192 can")
+    if not 0 < height * width <= MAX_PIXELS or max(height, width) > MAX_SIDE:
+        raise StoreError(
+            f"a variant of {width} x {height} pixels cannot be stored; at most {MAX_PIXELS:,}, and {MAX_SIDE:,} a side, can"
+        )
     pixels = np.ascontiguousarray(image.detach().permute(1, 2, 0).cpu().numpy())
     kind = image_format
     if kind == "auto":
