@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint format clean
+.PHONY: demo test chaos lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sgid demo --out demo
@@ -12,6 +12,9 @@ demo: $(INSTALLED)
 test: lint
 	$(PYTEST) -n 2 -m "not timing"
 	$(PYTEST) -m timing
+
+chaos: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python tests/faults/chaos.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ SEED = 6358045999591277390
 STRENGTH = 0.2405218970497895
 
 BOUNDS = st.tuples(SCALE, SCALE).map(sorted)
-NAME = st.tuples(st.text(max_size=8), st.text(max_size=8), st.integers(0, 9), st.integers(0, 2**63 - 1), st.integers(0, 9))
+NAME = st.tuples(st.text(max_size=8), st.text(max_size=8), st.integers(0, 9), st.integers(0, 2**63 - 1))
 
 
 class TestSimilarityGuidance:
@@ -123,7 +123,7 @@ class TestVariantNames:
         assert int(output.stdout) == SEED
 
     @given(NAME)
-    def test_seed_is_one_that_torch_takes(self, name: tuple[str, str, int, int, int]) -> None:
+    def test_seed_is_one_that_torch_takes(self, name: tuple[str, str, int, int]) -> None:
         seed = variant_seed(*name)
         assert 0 <= seed < 2**63
         assert torch.Generator().manual_seed(seed).initial_seed() == seed
@@ -143,7 +143,7 @@ class TestVariantNames:
         assert low <= variant_strength((low, high), *name) <= high
 
     def test_a_single_strength_is_kept(self) -> None:
-        assert variant_strength(0.4, "f", "k", 0, 0) == variant_strength(0.4, "f", "k", 9, 9, 9) == 0.4
+        assert variant_strength(0.4, "f", "k", 0, 0) == variant_strength(0.4, "f", "k", 9, 9) == 0.4
 
     def test_strength_is_uniform(self) -> None:
         """Kolmogorov-Smirnov distance of 2,000 draws, always the same ones; 0.1 % level: 1.95 / sqrt(n)."""
@@ -160,10 +160,3 @@ class TestVariantNames:
             ]
         )
         assert abs(torch.corrcoef(pairs.T)[0, 1].item()) < 0.07  # 3 standard errors
-
-    def test_retries_draw_nearer_to_the_original(self) -> None:
-        for attempt, most in ((0, 0.8), (1, 0.5), (2, 0.35), (5000, 0.2)):
-            draws = [variant_strength((0.2, 0.8), "f", str(index), 0, 0, attempt) for index in range(300)]
-            assert 0.2 <= min(draws) <= max(draws) <= most
-            assert max(draws) > most - 0.05
-        assert variant_seed("f", "k", 0, 0, 1) != variant_seed("f", "k", 0, 0, 0)

@@ -4,6 +4,8 @@ import json
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 
 from service_fakes import wish
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
+from sgid_transforms.images.reading import MAX_PIXELS
+from sgid_transforms.service import protocol
 from sgid_transforms.service.protocol import (
     outcome_header,
     outcomes_of,
@@ -135,3 +139,13 @@ def test_large_frames_arrive_whole(pair: Pair) -> None:
     sender.start()
     assert torch.equal(wanted_of(recv_frame(pair[1]))[0].image, image)
     sender.join()
+
+
+def test_the_largest_image_that_is_read_fits_into_a_frame():
+    assert protocol._MAX_PIXELS == 3 * MAX_PIXELS
+
+
+def test_a_service_process_starts_without_pytorch():
+    """It would take seconds, and is needed with the first image only."""
+    code = "import sys, sgid_transforms.service.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -23,12 +23,6 @@ MAX_PIXELS: Final = 2**26
 MAX_SIDE: Final = 16383
 """Longest side of an image in pixels: that of WebP, so that a variant of every image can be stored in every format."""
 
-READ_ERRORS: Final = (
-    OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError, OverflowError, MemoryError, struct.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
-"""What reading a stranger's picture can raise, in Pillow or in a data set's own code: it is listed, and the job goes on."""
-
 _ORIENTATION: Final = 0x0112  # the EXIF tag
 _MODES: Final = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 

@@ -94,7 +94,7 @@ def rank_similarities(values: Sequence[float | None]) -> list[float | None]:
     return ranks
 
 
-def variant_seed(fingerprint: str, key: str, variant: int, seed: int, attempt: int = 0) -> int:
+def variant_seed(fingerprint: str, key: str, variant: int, seed: int) -> int:
     """Seed of the noise of one variant, in [0, 2**63), as ``torch.Generator.manual_seed`` takes it.
 
     Args:
@@ -102,27 +102,23 @@ def variant_seed(fingerprint: str, key: str, variant: int, seed: int, attempt: i
         key: ``image_key(image)``, or the user's own key.
         variant: number of the variant, from 0.
         seed: the user's seed.
-        attempt: number of the retry after a filter rejected the variant; 0 for the first try.
     """
-    return _hash64("seed", fingerprint, key, variant, seed, attempt) >> 1
+    return _hash64("seed", fingerprint, key, variant, seed) >> 1
 
 
-def variant_strength(
-    strength: float | tuple[float, float], fingerprint: str, key: str, variant: int, seed: int, attempt: int = 0
-) -> float:
+def variant_strength(strength: float | tuple[float, float], fingerprint: str, key: str, variant: int, seed: int) -> float:
     """Strength of one variant: ``strength`` itself if it is a number, else drawn uniformly from ``[low, high]``.
 
-    A retry draws from ``[low, low + (high - low) / 2**attempt]``: an image that lost its label is tried again nearer to the
-    original, but never below the range that the user set. The other arguments are those of :func:`variant_seed`.
+    The other arguments are those of :func:`variant_seed`.
     """
     if not isinstance(strength, tuple):
         return float(strength)
     low, high = strength
-    share = (_hash64("strength", fingerprint, key, variant, seed, attempt) >> 11) / 2**53  # all the bits that a float holds
-    return min(high, low + math.ldexp(high - low, -attempt) * share)
+    share = (_hash64("strength", fingerprint, key, variant, seed) >> 11) / 2**53  # all the bits that a float holds
+    return min(high, low + (high - low) * share)
 
 
-def _hash64(purpose: str, fingerprint: str, key: str, variant: int, seed: int, attempt: int) -> int:
+def _hash64(purpose: str, fingerprint: str, key: str, variant: int, seed: int) -> int:
     """64 bits of SHA-256 over the parts; their lengths keep (``ab``, ``c``) and (``a``, ``bc``) apart."""
-    parts = f"{purpose}\0{len(fingerprint)}\0{fingerprint}\0{len(key)}\0{key}\0{variant:d}\0{seed:d}\0{attempt:d}"
+    parts = f"{purpose}\0{len(fingerprint)}\0{fingerprint}\0{len(key)}\0{key}\0{variant:d}\0{seed:d}\0" + "0"
     return int.from_bytes(hashlib.sha256(parts.encode("utf-8", "surrogatepass")).digest()[:8], "big")

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
-from sgid_transforms.images.reading import MAX_PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 _PREFIX = struct.Struct(">4sIQ")  # magic, bytes of JSON, bytes of pixels
 _MAGIC = b"SGI2"
 _MAX_HEADER = 1 << 20
-_MAX_PIXELS = 3 * MAX_PIXELS  # bytes of the largest image that there can be
+_MAX_PIXELS = 3 << 26  # bytes of the largest image that is read at all (importing its limit would import PyTorch)
 _CHUNK = 1 << 24
 
 FRAME_BYTES = 1 << 26

@@ -20,7 +20,7 @@ class Provenance:
         seed: Of the noise, the one of the accepted attempt.
         strength: Share of the noise schedule that was run, in (0, 1].
         guidance_scale: Classifier-free guidance scale.
-        similarity: Rank or cosine of the image and its text that the guidance scale came from.
+        similarity: Cosine of the image and its prompt; the guidance scale came from its rank in the data set.
         label_score: Probability of the label as the label filter saw it.
         image_similarity: Cosine of the variant's and the original's image embeddings.
         model: Model id or folder.
