@@ -28,6 +28,9 @@ class FakeBuilder:
     def __init__(self, folder: str | None, seconds: float, room: int) -> None:
         self.folder, self.seconds, self.room = folder, seconds, room
 
+    def count(self, outcome: Outcome) -> None:
+        pass
+
     def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]:
         while batch := pull(self.room):
             if self.folder is not None:

@@ -139,8 +139,21 @@ class Builder:
             Exception: What the generator raises. A request that it could not fulfil is an outcome with a ``reason``.
         """
         unique = {one.name: one for one in wanted}
-        outcomes = {one.name: outcome for group in self.stream(pull_from(list(unique.values()))) for one, outcome in group}
+        outcomes: dict[tuple[str, int], Outcome] = {}
+        try:
+            for group in self.stream(pull_from(list(unique.values()))):
+                for one, outcome in group:
+                    outcomes[one.name] = outcome
+                    self.count(outcome)
+        except Exception:
+            self._count("failed", len(unique) - len(outcomes))
+            raise
         return [outcomes[one.name] for one in wanted]
+
+    def count(self, outcome: Outcome) -> None:
+        """Count what came about, where nobody else does: :meth:`stream` leaves that to who asked."""
+        if outcome.counter is not None:
+            self._count(outcome.counter, 1)
 
     def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]:
         """Pull wanted variants whenever the generator has room for them, and yield each group that is done.
@@ -165,16 +178,12 @@ class Builder:
             return requests
 
         stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
-        try:
-            for results in stream(source):
-                for request, result in results:
-                    one, record, key = asked.pop(request)
-                    done.append((one, self._finish(one, request, record, key, result)))
-                yield done
-                done = []
-        except Exception:
-            self._count("failed", len(asked))
-            raise
+        for results in stream(source):
+            for request, result in results:
+                one, record, key = asked.pop(request)
+                done.append((one, self._finish(one, request, record, key, result)))
+            yield done
+            done = []
         if done:
             yield done
 
@@ -188,8 +197,7 @@ class Builder:
                 layout.stem(one.key, one.variant)
                 named.append(one)
             except StoreError as error:
-                self._count("failed", 1)
-                yield one, Outcome(Status.FAILED, str(error))
+                yield one, Outcome(Status.FAILED, str(error), made=True)
         wanted = named
         records = self.captions.get_many({one.key for one in wanted})
         undescribed = {one.key: one for one in wanted if one.key not in records}
@@ -216,8 +224,7 @@ class Builder:
                 try:
                     yield one, (self._request(one, record), record, key)
                 except SGIDError as error:  # a label that does not fit into the text encoder, for instance
-                    self._count("failed", 1)
-                    yield one, Outcome(Status.FAILED, str(error))
+                    yield one, Outcome(Status.FAILED, str(error), made=True)
 
     def _request(self, one: Wanted, record: CaptionRecord) -> GenerationRequest:
         recipe, fingerprint = self.recipe, self.recipe.fingerprint
@@ -241,18 +248,15 @@ class Builder:
         """Store what was made, or remember that nothing can be."""
         made = result.image
         if made is None and result.failed:
-            self._count("failed", 1)
-            return Outcome(Status.FAILED, result.reason or "no image")
+            return Outcome(Status.FAILED, result.reason or "no image", made=True)
         if made is None:
             reasons = result.rejected or (result.reason or "no image",)
-            self._count("filtered", 1)
             self._write(lambda: self.variants.put_failure(self.recipe, key, one.variant, reasons), "variants")
-            return Outcome(Status.FILTERED, result.reason or "filtered")
-        self._count("generated", 1)
+            return Outcome(Status.FILTERED, result.reason or "filtered", made=True)
         provenance = self._provenance(request, record, result)
         if self._write(lambda: self.variants.put(self.recipe, key, one.variant, made, provenance), "variants"):
-            return Outcome(Status.STORED)
-        return Outcome(Status.STORED, image=made)
+            return Outcome(Status.STORED, made=True)
+        return Outcome(Status.STORED, image=made, made=True)
 
     def _write(self, write: Callable[[], object], what: str) -> bool:
         """Whether ``write`` succeeded; a store that cannot be written costs the reuse of variants, not the training."""

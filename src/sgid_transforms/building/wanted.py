@@ -46,8 +46,18 @@ class Outcome:
         status: Whether it can be looked up.
         reason: Why not, in words.
         image: uint8 ``(3, H, W)``, only where the store could not be written, so that nobody can look it up.
+        made: Whether it came about for this very wish, which is then counted.
     """
 
     status: Status
     reason: str = ""
     image: "torch.Tensor | None" = None
+    made: bool = False
+
+    @property
+    def counter(self) -> str | None:
+        """The name of the counter that goes up, if any."""
+        return _COUNTERS[self.status] if self.made else None
+
+
+_COUNTERS = {Status.STORED: "generated", Status.FILTERED: "filtered", Status.FAILED: "failed"}

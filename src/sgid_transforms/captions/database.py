@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sgid_transforms.captions.record import COLUMNS, digest_of, from_row
+from sgid_transforms.captions.record import COLUMNS, FOREIGN, digest_of, from_row
 from sgid_transforms.errors import StoreError
 
 _APPLICATION_ID = 0x53474944  # "SGID"
@@ -26,11 +26,11 @@ CREATE TABLE captions (
 _ADDED = {2: {"scorer": "TEXT", "prompt": "TEXT"}, 3: {"digest": "INTEGER"}}
 """Columns by the version of the schema that added them; a later version must add one."""
 
-# A row whose digest is NULL is taken as it is: another program has edited it.
-_EDITED = f"""
-CREATE TRIGGER edited AFTER UPDATE OF {", ".join(COLUMNS)} ON captions
-BEGIN UPDATE captions SET digest = NULL WHERE key = NEW.key; END
-"""
+# A row with the digest FOREIGN is taken as it is: another program wrote it.
+_EDITED = tuple(
+    f"CREATE TRIGGER {name} AFTER {event} ON captions BEGIN UPDATE captions SET digest = {FOREIGN} WHERE key = NEW.key; END"
+    for name, event in (("edited", f"UPDATE OF {', '.join(COLUMNS)}"), ("inserted", "INSERT"))
+)
 _ALL = ", ".join(COLUMNS)
 _CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
 
@@ -264,7 +264,7 @@ class Database:
             elif version == 0:
                 raise StoreError(f"the caption store {self.path} is empty; open it without readonly=True to fill it")
             elif version < _VERSION:
-                lacking = ", ".join(f"NULL AS {name}" for name in _added_since(version))
+                lacking = ", ".join(f"{FOREIGN if name == 'digest' else 'NULL'} AS {name}" for name in _added_since(version))
                 connection.execute(f"CREATE TEMP VIEW captions AS SELECT *, {lacking} FROM main.captions")
             connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         except BaseException:
@@ -297,7 +297,9 @@ class Database:
                 alter = [f"ALTER TABLE captions ADD COLUMN {name} {kind}" for name, kind in _added_since(version).items()]
                 for statement in alter if version else (_SCHEMA, f"PRAGMA application_id={_APPLICATION_ID}"):
                     connection.execute(statement)
-                connection.execute(_EDITED)
+                for trigger in _EDITED:
+                    connection.execute(trigger)
+                connection.execute(f"UPDATE captions SET digest = {FOREIGN}")
                 _seal(connection, None)
                 connection.execute("CREATE TABLE damaged AS SELECT * FROM captions WHERE FALSE")
                 connection.execute(f"PRAGMA user_version={_VERSION}")
@@ -344,7 +346,7 @@ def _set_aside_damaged(connection: sqlite3.Connection, keys: Sequence[str] | Non
 
 
 def _seal(connection: sqlite3.Connection, keys: Sequence[str] | None) -> None:
-    for where, parameters in [("digest IS NULL", ())] if keys is None else in_chunks(keys):
+    for where, parameters in [(f"digest = {FOREIGN}", ())] if keys is None else in_chunks(keys):
         rows = connection.execute(f"SELECT {_ALL} FROM captions WHERE {where}", parameters).fetchall()
         connection.executemany("UPDATE captions SET digest = ? WHERE key = ?", [(digest_of(row), row[0]) for row in rows])
 

@@ -17,6 +17,9 @@ MAX_TEXT = 2**20
 COLUMNS = ("key", "caption", "label", "similarity", "rank", "captioner", "source", "path", "scorer", "prompt")
 """The fields of a record, in the order of the table's columns."""
 
+FOREIGN = int.from_bytes(b"foreign!", "big")
+"""Stands for the digest of a row that this package did not write: nothing that a damaged row gives, such as 0 or NULL."""
+
 
 @dataclass(frozen=True)
 class CaptionRecord:
@@ -77,10 +80,10 @@ def to_row(record: CaptionRecord) -> tuple[object, ...]:
 def from_row(row: tuple[Any, ...]) -> CaptionRecord | None:
     """A record out of the columns ``COLUMNS`` and ``digest``, or ``None`` if it is not as it was written.
 
-    Rows without a digest, of stores from before schema 3 or of other programs, are taken as they are.
+    Rows with the digest ``FOREIGN``, of stores from before schema 3 or of other programs, are taken as they are.
     """
     digest, row = row[-1], row[:-1]
-    if digest is not None and digest != digest_of(row):
+    if digest != FOREIGN and digest != digest_of(row):
         return None
     path = row[7]
     if isinstance(path, bytes):

@@ -100,6 +100,7 @@ def outcome_header(wanted: Sequence[Wanted], outcomes: Sequence[Outcome]) -> lis
             "variant": one.variant,
             "status": outcome.status.value,
             "reason": outcome.reason,
+            "made": outcome.made,
             "size": None if outcome.image is None else list(outcome.image.shape[1:]),
         }
         for one, outcome in zip(wanted, outcomes, strict=True)
@@ -115,7 +116,7 @@ def outcomes_of(frame: Frame, wanted: Sequence[Wanted]) -> list[Outcome]:
     answers = list(_with_pixels(frame))
     if [(item.get("key"), item.get("variant")) for item, _ in answers] != [one.name for one in wanted]:
         raise ValueError("the service answered another question than the one that was asked")
-    return [Outcome(Status(item["status"]), str(item["reason"]), image) for item, image in answers]
+    return [Outcome(Status(item["status"]), str(item["reason"]), image, bool(item["made"])) for item, image in answers]
 
 
 def _with_pixels(frame: Frame) -> "list[tuple[Mapping[str, Any], torch.Tensor | None]]":

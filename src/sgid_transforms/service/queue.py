@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
@@ -14,6 +14,12 @@ class _Waiting(NamedTuple):
     wanted: Wanted
     outcome: "Future[Outcome]"
     arrived: float
+
+
+def _not_made(outcome: "Future[Outcome]") -> "Future[Outcome]":
+    follower: Future[Outcome] = Future()
+    outcome.add_done_callback(lambda done: follower.set_result(replace(done.result(), made=False)))
+    return follower
 
 
 @dataclass
@@ -45,6 +51,7 @@ class WantedQueue:
         self._urgent: dict[tuple[str, int], _Waiting] = {}  # dicts keep the order of arrival
         self._background: dict[tuple[str, int], _Waiting] = {}
         self._running: dict[tuple[str, int], _Waiting] = {}
+        self._claimed: set[tuple[str, int]] = set()  # what somebody waits for, who also counts it
         self._callers = 0
         self._blocked = 0
         self._closed = False
@@ -57,7 +64,10 @@ class WantedQueue:
             self._changed.notify()
 
     def submit(self, wanted: Sequence[Wanted]) -> "list[Future[Outcome]]":
-        """Ask for variants and get their outcomes to come: one that is on its way already is not made twice."""
+        """Ask for variants and get their outcomes to come: one that is on its way already is not made twice.
+
+        Only who asked first learns that it was ``made``, so that it is counted once.
+        """
         futures = []
         with self._changed:
             for one in wanted:
@@ -68,7 +78,8 @@ class WantedQueue:
                     known = self._urgent[one.name] = known or _Waiting(one, Future(), time.monotonic())
                 else:
                     self.stats.merged += 1
-                futures.append(known.outcome)
+                futures.append(_not_made(known.outcome) if one.name in self._claimed else known.outcome)
+                self._claimed.add(one.name)
             self._blocked += 1
             self._changed.notify()
         return futures
@@ -124,19 +135,22 @@ class WantedQueue:
             self.stats.images += len(taken)
         return taken
 
-    def complete(self, wanted: Wanted, outcome: Outcome) -> None:
-        """Hand an outcome to all who asked for it."""
+    def complete(self, wanted: Wanted, outcome: Outcome) -> bool:
+        """Hand an outcome to all who asked for it; whether anybody did."""
         with self._changed:
             waiting = self._running.pop(wanted.name)
+            claimed = wanted.name in self._claimed
+            self._claimed.discard(wanted.name)
             self.stats.done += 1
         waiting.outcome.set_result(outcome)
+        return claimed
 
-    def fail(self, reason: str) -> None:
-        """Everything that the model has in work failed."""
+    def fail(self, reason: str) -> list[Outcome]:
+        """Everything that the model has in work failed; returns the outcomes for which nobody waits."""
         with self._changed:
-            running, self._running = list(self._running.values()), {}
-        for waiting in running:
-            waiting.outcome.set_result(Outcome(Status.FAILED, reason))
+            running = [waiting.wanted for waiting in self._running.values()]
+        outcome = Outcome(Status.FAILED, reason, made=True)
+        return [outcome for wanted in running if not self.complete(wanted, outcome)]
 
     def close(self) -> None:
         """Make :meth:`wait` return False and :meth:`pull` nothing."""

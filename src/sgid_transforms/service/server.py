@@ -34,6 +34,8 @@ class Streams(Protocol):
 
     def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]: ...
 
+    def count(self, outcome: Outcome) -> None: ...
+
 
 BuilderFactory = Callable[[], Streams]
 
@@ -71,10 +73,12 @@ class Server:
             try:
                 for group in builder.stream(self._queue.pull):
                     for wanted, outcome in group:
-                        self._queue.complete(wanted, outcome)
+                        if not self._queue.complete(wanted, outcome):
+                            builder.count(outcome)
             except Exception as error:
                 _log.error("variants in work failed\n%s", traceback.format_exc())
-                self._queue.fail(f"{type(error).__name__}: {error}")
+                for outcome in self._queue.fail(f"{type(error).__name__}: {error}"):
+                    builder.count(outcome)
         return True
 
     def stop(self) -> None:

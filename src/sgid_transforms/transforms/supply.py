@@ -59,7 +59,11 @@ class VariantSupply:
         try:
             client = self._service()
             if client is not None:
-                return client.generate(wanted)
+                outcomes = client.generate(wanted)
+                for outcome in outcomes:
+                    if outcome.counter is not None:
+                        self._state.add(outcome.counter)
+                return outcomes
             with self._lock:
                 try:
                     return self._own_builder()(wanted)
