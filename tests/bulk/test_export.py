@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from torchvision.datasets import ImageFolder
@@ -92,6 +93,37 @@ def test_images_without_variants_are_listed(tmp_path, made):
     picture(88).save(folder / "cat" / "new.png")
     done = export_folder(scan_folder(folder), RECIPE, variants, tmp_path / "out")
     assert [one.path.name for one in done.skipped] == ["new.png"]
+
+
+@pytest.mark.parametrize("out", ["data/export", "data", "data/cat", "data/dog/out", "data/new/deep", "."])
+def test_an_export_that_would_lie_among_the_originals_is_refused(tmp_path, made, out):
+    scan, variants = made(plain_folder(tmp_path / "data", 1))
+    with pytest.raises(FolderError):
+        export_folder(scan, RECIPE, variants, tmp_path / out)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"x" * 240 + b".png",
+        b"caf\xe9.png",
+        "\u732b\U0001f408.png".encode(),
+        b"two\nlines.png",
+        b'-dash "quoted".png',
+        b"a;b&c.png",
+    ],
+)
+def test_odd_file_names_end_no_export_and_leave_metadata_that_can_be_read(tmp_path, made, name):
+    folder = plain_folder(tmp_path / "data", 1)
+    picture(50).save(folder / "cat" / "plain.png")
+    os.rename(folder / "cat" / "plain.png", os.path.join(os.fsencode(folder), b"cat", name))
+    scan, variants = made(folder)
+    done = export_folder(scan, RECIPE, variants, tmp_path / "out")
+    assert (done.variants, done.skipped) == (6, ())
+    written = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all((tmp_path / "out" / line["file_name"]).is_file() for line in written)
+    assert len(ImageFolder(str(tmp_path / "out"))) == len(written) == 6
 
 
 def test_nothing_else_is_overwritten(tmp_path, made):

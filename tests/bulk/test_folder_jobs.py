@@ -9,7 +9,7 @@ from sgid_transforms.bulk import Models, Shard, caption_folder, estimate_folder,
 from sgid_transforms.bulk.generating import Work
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.errors import RecipeError, StoreError
+from sgid_transforms.errors import GenerationError, RecipeError, StoreError
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
@@ -51,6 +51,25 @@ def test_every_valid_image_gets_its_variants_and_the_rest_is_reported(tmp_path, 
     assert {one.path.name for one in done.captions.skipped} == {*BROKEN, "empty_class"}
     assert stores.variants.count(RECIPE) == 3 * GOOD
     assert all(rank is not None for *_, rank in stores.records().values())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("bad"), AssertionError(), ZeroDivisionError("0")])
+def test_a_model_that_fails_is_a_generation_error_and_what_was_made_stays(tmp_path, stores, error):
+    calls = []
+
+    def generator(recipe, device, **options):
+        def run(requests):
+            calls.append(len(requests))
+            if len(calls) > 1:
+                raise error
+            return FakeGenerator()(requests)
+
+        return run
+
+    models = dataclasses.replace(fake_models(), generator=generator, batch_size=2)
+    with pytest.raises(GenerationError, match=f"the model failed: {type(error).__name__}"):
+        generate(plain_folder(tmp_path / "data", 3), stores, models, count=1)
+    assert stores.variants.count(RECIPE) == 2
 
 
 def test_variants_have_the_upright_size_of_their_original(tmp_path, stores):

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
 from sgid_transforms.captions.record import CaptionRecord
+from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ModelLoadError, StoreError
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import load_image
@@ -386,11 +387,34 @@ def test_variants_inside_the_data_get_no_variants(sgid: SGIDAugment, folder: Pat
     assert "it is a variant or an export, not an original" in report.failed[0][1]
 
 
-def test_a_moved_folder_is_noticed(sgid: SGIDAugment, folder: Path) -> None:
+@pytest.mark.parametrize("place", ["moved", "deep/er/moved", "data/../other", "m\u00fcved"])
+def test_a_moved_folder_is_noticed(sgid: SGIDAugment, folder: Path, place: str) -> None:
     sgid.prepare(ImageFolder(folder), progress=False)
-    folder.rename(folder.with_name("moved"))
-    assert sgid.prepare(ImageFolder(folder.with_name("moved")), progress=False).known == 12
+    (folder.parent / place).parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(folder.parent / place)
+    folder.mkdir()  # what is named there is gone all the same
+    assert sgid.prepare(ImageFolder(folder.parent / place), progress=False).known == 12
     assert all(Path(str(record.path)).is_file() for record in sgid.captions)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "changed"),
+    [
+        (None, {"n02123045": "tabby cat"}, 1),
+        ({"n02123045": "kat"}, {"n02123045": "cat"}, 1),
+        (["tabby"], ["cat"], 1),
+        ({0: "tabby"}, {"0": "cat"}, 1),
+        (["cat"], {"n02123045": "cat"}, 0),
+    ],
+)
+def test_names_that_change_replace_the_old_ones(tmp_path: Path, sgid: SGIDAugment, first: Any, then: Any, changed: int) -> None:
+    (tmp_path / "d" / "n02123045").mkdir(parents=True)
+    pil_picture(0).save(tmp_path / "d" / "n02123045" / "a.png")
+    sgid.class_names = first
+    sgid.prepare(ImageFolder(tmp_path / "d"), progress=False)
+    sgid.class_names = then
+    assert sgid.prepare(ImageFolder(tmp_path / "d"), progress=False).changed.get("label", 0) == changed
+    assert sgid.prepare(ImageFolder(tmp_path / "d"), progress=False).known == 1
 
 
 def test_names_that_come_later_replace_codes(tmp_path: Path, sgid: SGIDAugment) -> None:
@@ -401,6 +425,26 @@ def test_names_that_come_later_replace_codes(tmp_path: Path, sgid: SGIDAugment) 
     sgid.class_names = {"n02123045": "tabby cat"}
     assert sgid.prepare(ImageFolder(tmp_path / "d"), progress=False).changed == {"label": 1}
     assert {record.label for record in sgid.captions} == {"tabby cat"}
+
+
+@pytest.mark.parametrize("lock", ["read-only folder", "somebody else's", "a folder", "a link"])
+def test_what_is_known_needs_no_lock_and_no_writing(tmp_path: Path, folder: Path, sgid: SGIDAugment, lock: str) -> None:
+    sgid.prepare(ImageFolder(folder), progress=False)
+    sgid.captions.close()
+    place = Path(f"{sgid.captions.path}.lock")
+    place.unlink(missing_ok=True)
+    if lock == "a folder":
+        place.mkdir()
+    elif lock == "a link":
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.touch()
+        place.chmod(0)
+    reader = SGIDAugment(
+        captions=CaptionStore(sgid.captions.path, readonly=True), captioner=FakeCaptioner(), scorer=FakeScorer()
+    )
+    assert reader.prepare(ImageFolder(folder), progress=False).known == 12
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_data_set_without_labels_can_be_prepared_for_a_prompt_with_one(sgid: SGIDAugment) -> None:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
+from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.cli.output import bar, duration, size, tiny_note
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
@@ -259,6 +260,34 @@ def test_verify_finds_a_damaged_caption_and_generate_writes_it_again(fake_sgid, 
     assert "1 written now" in fake_sgid("generate", "data", "-k", "1")[1]
     code, out, _ = fake_sgid("verify", "--captions", "captions.sqlite")
     assert (code, out.splitlines()[0]) == (0, "4 captions checked, 0 damaged")
+
+
+@pytest.mark.parametrize("name", ["names.json", "names.toml", "names.TOML"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_files_of_names_may_start_with_a_mark(fake_sgid, tmp_path, name, start):
+    plain_folder(tmp_path / "data", 1)
+    text = '{"cat": "tabby"}' if name.endswith("json") else 'cat = "tabby"\r\n'
+    (tmp_path / name).write_bytes((start + text).encode())
+    assert fake_sgid("caption", "data", "--class-names", name)[0] == 0
+    assert {record.label for record in CaptionStore(tmp_path / "captions.sqlite")} == {"tabby", "dog"}
+
+
+def test_a_recipe_may_start_with_a_mark(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 1)
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert fake_sgid("generate", "data", "-k", "1", "--recipe", "r.toml")[0] == 0
+
+
+@pytest.mark.parametrize("option", ["--captions", "--variants", "--recipe", "--class-names"])
+def test_a_tilde_means_the_home_folder(fake_sgid, tmp_path, monkeypatch, option):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "x").write_text("seed = 3") if option == "--recipe" else None
+    (tmp_path / "home" / "x").write_text('{"cat": "tabby"}') if option == "--class-names" else None
+    plain_folder(tmp_path / "data", 1)
+    assert fake_sgid("generate", "data", "-k", "1", option, "~/x")[0] == 0
+    assert (tmp_path / "home" / "x").exists()
+    assert not (tmp_path / "~").exists()
 
 
 def test_ctrl_c_where_nothing_is_at_stake_ends_without_a_traceback(fake_sgid, monkeypatch, tmp_path):

@@ -55,7 +55,8 @@ def train(rank: int, folder: Path) -> None:
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(model(images), labels).backward()
                 optimizer.step()
-        report = {"pid": service.pid, "owner": service.owner, "seen": sgid.stats().seen, "hits": sgid.stats().hits}
+        stats = sgid.stats()
+        report = {"pid": service.pid, "owner": service.owner, "seen": stats.seen, "hits": stats.hits, "made": stats.generated}
         (folder / f"rank{rank}.json").write_text(json.dumps(report))
         dist.barrier()  # the rank that owns the service must not be the first to leave
     dist.destroy_process_group()

@@ -24,4 +24,7 @@ def test_two_ranks_share_captions_store_and_service(tmp_path: Path, monkeypatch:
     assert [report["seen"] for report in reports] == [12, 12]
     stored = VariantStore(tmp_path / "variants").count()
     assert sum(batches(tmp_path / "generated")) == stored  # nothing twice
+    made = [report["made"] for report in reports]
+    assert all(made)  # each rank counts what was made for it: they once all landed on the owner's
+    assert sum(made) == stored
     assert stored + sum(report["hits"] for report in reports) >= 24

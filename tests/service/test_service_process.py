@@ -319,8 +319,9 @@ def test_folders_are_measured_in_bytes(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.listdir(folder) == []
 
 
-def test_a_path_object_in_sys_path_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+@pytest.mark.parametrize("entry", [Path("here"), "", "a/file.zip", 7, None, "\udcff"], ids=repr)
+def test_no_entry_of_sys_path_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: object) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, entry])
     with GenerationService(fake_factory()) as service:
         assert service.alive
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -114,7 +115,21 @@ def test_nothing_is_left_behind() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])  # noqa: S301
+def _by_pickle(state: SharedState) -> SharedState:
+    return pickle.loads(pickle.dumps(state))  # noqa: S301
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        _by_pickle,
+        lambda state: copy.deepcopy(copy.deepcopy(state)),
+        lambda state: _by_pickle(copy.deepcopy(state)),
+        lambda state: copy.deepcopy([state, {"again": state}])[1]["again"],
+    ],
+    ids=["deepcopy", "pickle", "copy of a copy", "pickled copy", "shared in a structure"],
+)
 def test_a_copy_sees_the_services_of_its_origin(duplicate: object) -> None:
     """Copying a data set, to give its splits transforms of their own, once hid the service that was started afterwards."""
     state = SharedState(NAMES, {"p": 0.5})
@@ -128,14 +143,16 @@ def test_a_copy_sees_the_services_of_its_origin(duplicate: object) -> None:
     assert other.settings()["address"] == "first"
 
 
-def test_a_service_that_stops_takes_its_own_address_only() -> None:
-    state = SharedState(NAMES, {})
-    for address in ("outer", "inner"):
+@pytest.mark.parametrize("order", list(itertools.permutations(["first", "second", "third"])))
+def test_a_service_that_stops_takes_its_own_address_only(order: tuple[str, ...]) -> None:
+    """Nested services, and such that overlap."""
+    state, alive = SharedState(NAMES, {}), ["first", "second", "third"]
+    for address in alive:
         state.register(address)
-    assert state.settings()["address"] == "inner"
-    state.unregister("inner")
-    assert state.settings()["address"] == "outer"
-    state.unregister("outer")
+    for address in order:
+        assert state.settings()["address"] == alive[-1]
+        state.unregister(address)
+        alive.remove(address)
     assert state.settings()["address"] is None
 
 

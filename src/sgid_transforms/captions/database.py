@@ -132,11 +132,15 @@ class Database:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection, with SQLite's errors turned into ``StoreError``."""
-        with _in_use():
+        global _depth
+        with _gate:  # as `_in_use` does, and faster: every hit of the transform comes here
+            _depth += 1
             try:
                 yield self._handle().connection
             except sqlite3.Error as error:
                 raise self._failed("read", error) from error
+            finally:
+                _depth -= 1
 
     @contextlib.contextmanager
     def writing(self, keys: Sequence[str] | None) -> Iterator[sqlite3.Connection]:

@@ -21,6 +21,7 @@ _log = logging.getLogger("sgid_transforms")
 
 _ALL = ", ".join(COLUMNS)
 _SELECT = f"SELECT {_ALL}, digest FROM captions"
+_GET = f"{_SELECT} WHERE key = ?"
 # A damaged key may not be text any more.
 _NEXT = f"SELECT CAST(key AS BLOB), {_ALL}, digest FROM captions WHERE key > CAST(? AS TEXT) ORDER BY key LIMIT 500"
 
@@ -127,7 +128,7 @@ class CaptionStore:
     def get(self, key: str) -> CaptionRecord | None:
         """The record of one image, or ``None``."""
         with self._database.reading() as connection:
-            row = connection.execute(f"{_SELECT} WHERE key = ?", (check_key(key),)).fetchone()
+            row = connection.execute(_GET, (check_key(key),)).fetchone()
         return None if row is None else self._sound(row)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, CaptionRecord]:

@@ -1,10 +1,14 @@
 """The application: its commands, and how errors leave it. A command returns its exit code; None stands for 0."""
 
+import functools
 import io
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -30,8 +34,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _from_home(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with a leading ``~`` of its paths expanded, which shells leave in ``--variants=~/variants``."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        return command(
+            **{name: Path(os.path.expanduser(value)) if isinstance(value, Path) else value for name, value in given.items()}
+        )
+
+    return run
+
+
 for _command in (demo, caption, generate, preview, report, export, verify, prune, doctor):
-    app.command()(_command)
+    app.command()(_from_home(_command))
 
 
 def _say_version(asked: bool) -> None:
