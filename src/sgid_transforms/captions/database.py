@@ -129,18 +129,26 @@ class Database:
         self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
         _databases.add(self)
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """This thread's connection, with SQLite's errors turned into ``StoreError``."""
+    def one(self, statement: str, parameters: tuple[object, ...]) -> Any:
+        """The first row that a statement gives: as :meth:`reading`, and quicker, for every hit of the transform comes here."""
         global _depth
-        with _gate:  # as `_in_use` does, and faster: every hit of the transform comes here
+        with _gate:
             _depth += 1
             try:
-                yield self._handle().connection
+                return self._handle().connection.execute(statement, parameters).fetchone()
             except sqlite3.Error as error:
                 raise self._failed("read", error) from error
             finally:
                 _depth -= 1
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection, with SQLite's errors turned into ``StoreError``."""
+        with _in_use():
+            try:
+                yield self._handle().connection
+            except sqlite3.Error as error:
+                raise self._failed("read", error) from error
 
     @contextlib.contextmanager
     def writing(self, keys: Sequence[str] | None) -> Iterator[sqlite3.Connection]:

@@ -127,9 +127,8 @@ class CaptionStore:
 
     def get(self, key: str) -> CaptionRecord | None:
         """The record of one image, or ``None``."""
-        with self._database.reading() as connection:
-            row = connection.execute(_GET, (check_key(key),)).fetchone()
-        return None if row is None else self._sound(row)
+        row = self._database.one(_GET, (check_key(key),))
+        return None if row is None else from_row(row) or self._sound(row)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, CaptionRecord]:
         """The records of those keys that have one."""
