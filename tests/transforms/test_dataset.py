@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,23 +249,22 @@ def test_queue_never_stalls_the_loader(tmp_path: Path) -> None:
             name: DataLoader(data, batch_size=8, num_workers=1, persistent_workers=True, shuffle=True)
             for name, data in (("plain", plain), ("sgid", augmented))
         }
-        # In turns, so that whatever else the machine does meets both; the best of each, as that is what it does alone.
-        for number in range(25):
+        # In turns, so that whatever else the machine does meets both. The median of all rounds counts; a loader that waited for
+        # the generator, which makes one image a second, would fall below a tenth.
+        for _ in range(15):
             for name, loader in loaders.items():
                 start = time.perf_counter()
                 for _ in loader:
                     pass
                 rates[name].append(len(plain) / (time.perf_counter() - start))
-            ratio = max(rates["sgid"]) / max(rates["plain"])
-            if number >= 2 and ratio >= 0.9:
-                break
+    ratio = statistics.median(one / other for one, other in zip(rates["sgid"][2:], rates["plain"][2:], strict=True))
     print(f"throughput of the loader with a queue that is always full: {ratio:.2f} of that without SGID")
     stats = sgid.stats()
     assert stats.generated + stats.hits < stats.gated
     assert stats.queued > 0
     assert stats.dropped > 0
     assert stats.waits == 0
-    assert ratio >= 0.9
+    assert ratio >= 0.8
 
 
 def test_broken_generator_in_a_service(tmp_path: Path) -> None:
