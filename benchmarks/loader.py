@@ -218,7 +218,7 @@ def service_efficiency(rounds: int, args: argparse.Namespace, folder: Path) -> l
 
         seconds = {way: way() for way in ((served, direct) if number % 2 else (direct, served))}
         if number:
-            assert sgid.stats().generated == len(requests) + len(others), sgid.stats()
+            assert sgid.stats().generated == len(requests), sgid.stats()
             rows.append({"service": len(requests) / seconds[served], "direct": len(requests) / seconds[direct]})
             rows[-1]["ratio"] = rows[-1]["service"] / rows[-1]["direct"]
             print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
