@@ -308,6 +308,7 @@ for readonly in (True, False):
     reader = CaptionStore(store.path, readonly=readonly)
     try:
         print(reader.get("aa").caption, len(list(reader)))
+        assert reader.verify().ok
         reader.put(CaptionRecord("cc", "z"))
     except StoreError as error:
         print(error)

@@ -54,6 +54,16 @@ def test_records_outlive_the_object(store):
     assert store.get("ab12") == FULL  # a closed store opens again
 
 
+def test_similarities_without_a_rank_are_known(store):
+    assert not store.lacks_ranks()
+    store.put_many([FULL, CaptionRecord("cd34", "no score")])
+    assert not store.lacks_ranks()
+    store.set_similarities({"cd34": 0.5})
+    assert store.lacks_ranks()
+    store.set_ranks(keep=True)
+    assert not store.lacks_ranks()
+
+
 def test_thousands_of_keys_at_once(store):
     records = [CaptionRecord(f"{i:08x}", f"caption {i}") for i in range(2345)]
     store.put_many(records)

@@ -27,7 +27,7 @@ _ADDED = {2: {"scorer": "TEXT", "prompt": "TEXT"}, 3: {"digest": "INTEGER"}}
 """Columns by the version of the schema that added them; a later version must add one."""
 
 # A row with the digest FOREIGN is taken as it is: another program wrote it.
-_EDITED = tuple(
+_TRIGGERS = tuple(
     f"CREATE TRIGGER {name} AFTER {event} ON captions BEGIN UPDATE captions SET digest = {FOREIGN} WHERE key = NEW.key; END"
     for name, event in (("edited", f"UPDATE OF {', '.join(COLUMNS)}"), ("inserted", "INSERT"))
 )
@@ -187,7 +187,7 @@ class Database:
     def readable(self) -> dict[str, tuple[Any, ...]]:
         """The rows by key, with their digests, around whatever part of the file cannot be read.
 
-        It reads a copy, whose header and schema are put right first.
+        It reads a copy, whose header and schema are put right first, and leaves the file alone.
         """
         rows: dict[str, tuple[Any, ...]] = {}
 
@@ -205,7 +205,7 @@ class Database:
                     read_between(connection, prefix + digit)
 
         self.close()
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder, _in_use():
+        with tempfile.TemporaryDirectory() as folder, _in_use():
             copy = Path(folder, "copy")
             for end in ("", "-wal"):
                 with contextlib.suppress(FileNotFoundError):
@@ -309,7 +309,7 @@ class Database:
                 alter = [f"ALTER TABLE captions ADD COLUMN {name} {kind}" for name, kind in _added_since(version).items()]
                 for statement in alter if version else (_SCHEMA, f"PRAGMA application_id={_APPLICATION_ID}"):
                     connection.execute(statement)
-                for trigger in _EDITED:
+                for trigger in _TRIGGERS:
                     connection.execute(trigger)
                 connection.execute(f"UPDATE captions SET digest = {FOREIGN}")
                 _seal(connection, None)

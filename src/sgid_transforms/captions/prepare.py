@@ -239,7 +239,7 @@ def prepare(
         job = job_identity(str(captions.path), images.identity(key))
         if lock is not None and job is not None and os.pread(lock, 200, 0) == job.encode():
             return PrepareReport(len(images), known=len(images))  # another rank of this job has just done it
-        ours = functools.lru_cache(lies_in_ours)  # for this call alone: folders change
+        ours = functools.cache(lies_in_ours)  # for this call alone: folders change
         with tqdm(total=len(images), desc="captions", unit="img", disable=not progress) as bar:
 
             def entries() -> Iterator[Entry]:
@@ -333,7 +333,7 @@ def complete(
             flush()
     decide()
     flush()
-    if not stopped() and (tally.scored or _lacks_ranks(captions)):
+    if not stopped() and (tally.scored or captions.lacks_ranks()):
         captions.set_ranks(keep=True)
     if tally.changed:
         parts = ", ".join(f"{count} by another {what}" for what, count in sorted(tally.changed.items()))
@@ -389,10 +389,6 @@ def _to_do(known: CaptionRecord | None, entry: Entry, stale: str | None) -> Capt
         return CaptionRecord(entry.key, "", label=label, path=entry.path)
     label = entry.label if entry.label is not None else known.label
     return replace(known, label=label, path=entry.path or known.path, similarity=None, rank=None)
-
-
-def _lacks_ranks(captions: CaptionStore) -> bool:
-    return any(record.similarity is not None and record.rank is None for record in captions)
 
 
 def _name(model: Any) -> str:

@@ -14,7 +14,6 @@ from sgid_transforms.captions import exchange
 from sgid_transforms.captions.database import Database, in_chunks
 from sgid_transforms.captions.record import COLUMNS, CaptionRecord, check_key, from_row, to_row
 from sgid_transforms.errors import StoreError
-from sgid_transforms.files import show
 from sgid_transforms.recipe.guidance import rank_similarities
 
 _log = logging.getLogger("sgid_transforms")
@@ -197,6 +196,11 @@ class CaptionStore:
             connection.executemany("UPDATE captions SET rank = ? WHERE key = ?", ranks)
         return len(ranks)
 
+    def lacks_ranks(self) -> bool:
+        """Whether there are similarities without a rank, which :meth:`set_ranks` would rank."""
+        query = "SELECT EXISTS (SELECT 1 FROM captions WHERE similarity IS NOT NULL AND rank IS NULL)"
+        return bool(self._database.one(query, ())[0])
+
     def remove(self, keys: Iterable[str]) -> None:
         """Remove the records of ``keys``, human ones as well, so that they are captioned again."""
         rows = [(check_key(key),) for key in keys]
@@ -297,10 +301,14 @@ class CaptionStore:
                 using it meanwhile.
 
         Raises:
-            StoreError: It is not a SQLite file any more, or cannot be repaired.
+            StoreError: There is no such file, or it cannot be read or repaired.
         """
         broken = self._database.problem()
-        rows = self._database.readable()
+        if broken:
+            rows = self._database.readable()
+        else:
+            with self._database.reading() as connection:
+                rows = {str(row[0]): row for row in connection.execute(_SELECT)}
         damaged = tuple(key for key, row in rows.items() if from_row(row) is None)
         if repair and broken:
             self._rebuild([record for row in rows.values() if (record := from_row(row)) is not None])
@@ -319,7 +327,7 @@ class CaptionStore:
             if not self._damaged_seen:
                 _log.warning(
                     "the record of image %s in %s is damaged and counts as missing (further ones are not logged)",
-                    show(str(row[0])), self.path,
+                    row[0], self.path,
                 )  # fmt: skip
             self._damaged_seen += 1
         return record
