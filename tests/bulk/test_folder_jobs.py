@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from job_fakes import FakeCaptioner, FakeGenerator, FakeScorer, fake_models
@@ -70,6 +71,20 @@ def test_a_model_that_fails_is_a_generation_error_and_what_was_made_stays(tmp_pa
     with pytest.raises(GenerationError, match=f"the model failed: {type(error).__name__}"):
         generate(plain_folder(tmp_path / "data", 3), stores, models, count=1)
     assert stores.variants.count(RECIPE) == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no room")])
+def test_no_memory_is_told_as_such(tmp_path, stores, error):
+    """The command line then says what to lower."""
+
+    def generator(recipe, device, **options):
+        def run(requests):
+            raise error
+
+        return run
+
+    with pytest.raises(type(error)):
+        generate(plain_folder(tmp_path / "data", 1), stores, dataclasses.replace(fake_models(), generator=generator))
 
 
 def test_variants_have_the_upright_size_of_their_original(tmp_path, stores):

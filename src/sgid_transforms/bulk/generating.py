@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -104,7 +105,7 @@ def generate_folder(
         with tqdm(total=wanted, initial=wanted - len(todo), desc="variants", unit="img", disable=not progress) as bar:
             try:
                 work.run(builder, bar.update)
-            except SGIDError:
+            except (SGIDError, MemoryError, torch.OutOfMemoryError):  # the last two say what to do about it
                 raise
             except Exception as error:
                 raise GenerationError(f"the model failed: {type(error).__name__}: {error}") from error
@@ -126,8 +127,8 @@ def _check_place(scan: Scan, root: Path) -> None:
     if scan.root is None:
         return
     store, data = root.resolve(), scan.root.resolve()
-    below = store.is_relative_to(data)
-    if store == data or (below and any(image.file.path.resolve().is_relative_to(store) for image in scan.images)):
+    folders = {image.file.path.parent for image in scan.images} if store.is_relative_to(data) else ()
+    if store == data or any(folder.resolve().is_relative_to(store) for folder in folders):
         raise FolderError(f"the variants would lie among the originals in {show(root)}; give a folder of their own")
 
 
