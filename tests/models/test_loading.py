@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ import tiny_models
 from sgid_transforms.errors import GenerationError, ModelLoadError
 from sgid_transforms.models import checkpoints, loading
 from sgid_transforms.models.checkpoints import check_unet
-from sgid_transforms.models.loading import compile_pipeline, default_dtype, denoiser, load_pipeline, padded_sizes, quiet
+from sgid_transforms.models.loading import (
+    check_device,
+    compile_pipeline,
+    default_dtype,
+    denoiser,
+    load_pipeline,
+    padded_sizes,
+    quiet,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,19 @@ def test_downloads_keep_their_progress_bars(wanted: bool) -> None:
 def test_dtype_reaches_the_weights(saved: Path) -> None:
     assert load_pipeline(str(saved), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
     assert default_dtype("cpu") == torch.float32
+
+
+def test_accelerators_of_other_packages_are_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelLoadError, match="cannot run these models"):
+        check_device("hpu")
+    backend = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
+    monkeypatch.setattr(torch, "hpu", backend, raising=False)
+    assert check_device("hpu:0") == torch.device("hpu:0")
+    with pytest.raises(ModelLoadError, match="'hpu:1' is not among the 1 devices"):
+        check_device("hpu:1")
+    backend.is_available = lambda: False
+    with pytest.raises(ModelLoadError, match="sees no HPU device"):
+        check_device("hpu")
 
 
 def test_emulated_bfloat16_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,14 +35,15 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         raise ModelLoadError(f"{device!r} is not a device; give cpu, cuda, cuda:1 or mps") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(f"PyTorch {torch.__version__} sees no CUDA device; use the device cpu, or see `sgid doctor`")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ModelLoadError(f"{str(found)!r} is not among the {torch.cuda.device_count()} devices")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise ModelLoadError("MPS is not available here; use the device cpu")
-    if found.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ModelLoadError(f"{str(found)!r} cannot run these models; give cpu, cuda or mps")
+    try:  # of any accelerator that PyTorch knows, those of other packages included
+        backend: Any = torch.get_device_module(found)
+    except RuntimeError:
+        raise ModelLoadError(f"{str(found)!r} cannot run these models; give cpu, cuda or mps") from None
+    if not backend.is_available():
+        kind = found.type.upper()
+        raise ModelLoadError(f"PyTorch {torch.__version__} sees no {kind} device; use the device cpu, or see `sgid doctor`")
+    if found.type != "cpu" and (found.index or 0) >= backend.device_count():
+        raise ModelLoadError(f"{str(found)!r} is not among the {backend.device_count()} devices")
     return found
 
 
