@@ -20,10 +20,10 @@ _FULL_PAUSE = 0.1  # seconds without asking after the background queue was found
 class _Link:
     """One connection, closed when its owner forgets it."""
 
-    def __init__(self, address: str, patience: float) -> None:
+    def __init__(self, address: str, patience: float, timeout: float | None = None) -> None:
         self.pid = os.getpid()
         self.patience = patience  # seconds for every single reading and writing
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (patience if timeout is None else min(patience, timeout))
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -221,16 +221,16 @@ class ServiceClient:
         if self._delivery is not None and not self._delivery.under_way:
             self._delivery = None
 
-    def _link(self) -> _Link:
+    def _link(self, timeout: float | None) -> _Link:
         link: _Link | None = getattr(self._local, "link", None)
         if link is None or link.pid != os.getpid():
-            self._local.link = link = _Link(self.address, self.patience)
+            self._local.link = link = _Link(self.address, self.patience, timeout)
         return link
 
     def _ask(self, waiting: Waiting, op: str, images: Sequence[Any] = (), /, **header: Any) -> Frame:
         done: object = None
         try:
-            link = self._link()
+            link = self._link(waiting.timeout)
             link.socket.settimeout(self.patience if waiting.timeout is None else min(self.patience, waiting.timeout))
             send_frame(link.socket, op, images, **header)
             while True:
