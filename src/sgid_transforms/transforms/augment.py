@@ -215,7 +215,8 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         if not where or all(type(flat[index]) is torch.Tensor for index in where):
             refuse_other_images(flat, alone=not where)
         if not where:
-            self._log_once("no image", f"a sample holds no image that could be replaced: {type(sample).__name__}")
+            what = f"a sample holds no image that could be replaced: {type(sample).__name__}"
+            self._log_once("no image", what, "further ones are not logged")
         for index in where:
             check_form(flat[index])
         images: list[Any] = []
@@ -567,10 +568,10 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
                 labels[start:stop] = find_labels(sample, stop - start)
         return labels
 
-    def _log_once(self, cause: str, message: str) -> None:
+    def _log_once(self, cause: str, message: str, more: str = "further cases are only counted: see sgid.stats()") -> None:
         if cause not in self._logged:
             self._logged.add(cause)
-            _log.warning("%s (further cases are only counted: see sgid.stats())", message)
+            _log.warning("%s (%s)", message, more)
 
 
 class _PublishedService(GenerationService):
