@@ -76,8 +76,9 @@ def test_rejections_are_remembered_and_errors_are_not(stores: tuple[CaptionStore
     generate = Generate(refused)
     counted: dict[str, int] = {}
 
-    def count(name: str, number: int) -> None:
-        counted[name] = counted.get(name, 0) + number
+    def count(**counts: int) -> None:
+        for name, number in counts.items():
+            counted[name] = counted.get(name, 0) + number
 
     builder = Builder(RECIPE, generate, stores[1], stores[0], count=count)
     outcomes = builder([_wanted(0, variant) for variant in range(3)])

@@ -23,8 +23,8 @@ NAMES = ("seen", "hits")
 
 def _count(state: SharedState, times: int) -> None:
     for _ in range(times):
-        state.add("seen")
-    state.add("hits", 2)
+        state.add(seen=1)
+    state.add(hits=2)
 
 
 def _obey(state: SharedState, pipe: Connection) -> None:
@@ -89,7 +89,7 @@ def test_a_live_process_sees_changed_settings(method: str) -> None:
 def test_a_copy_in_the_same_process_is_independent(duplicate: object) -> None:
     state = SharedState(NAMES, {"p": 0.5})
     state.publish(p=0.75)
-    state.add("seen")
+    state.add(seen=1)
     other = duplicate(state)  # type: ignore[operator]
     assert other.settings()["p"] == 0.75
     assert other.totals()["seen"] == 0
@@ -110,7 +110,7 @@ def test_nothing_is_left_behind() -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        SharedState(NAMES, {}).add("seen")
+        SharedState(NAMES, {}).add(seen=1)
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -236,7 +236,7 @@ def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pyte
 
 def _die_with_a_state() -> None:
     state = SharedState(NAMES, {})
-    state.add("seen")
+    state.add(seen=1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

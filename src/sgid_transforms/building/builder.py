@@ -47,7 +47,7 @@ class BuilderSpec:
         captioner: The captioner that captions on demand; None: no captions on demand.
         scorer: The CLIP model that scores them, and that the recipe's filters ask.
         labels: Class names that the label check chooses from; None: those of the caption store.
-        count: Called with the name of a counter and an increment.
+        count: Called with increments by the names of their counters.
         batch_size: Requests that a generator without a ``stream`` gets at once.
     """
 
@@ -60,7 +60,7 @@ class BuilderSpec:
     captioner: Any = None
     scorer: Any = None
     labels: Sequence[str] | None = None
-    count: Callable[[str, int], None] | None = None
+    count: Callable[..., None] | None = None
     batch_size: int = 32
 
     def build(self) -> "Builder":
@@ -109,7 +109,7 @@ class Builder:
         variants: Where variants are looked up and stored.
         captions: What is known about the images, and where captions written on demand are kept.
         describer: Writes captions on demand; None: an image without a caption cannot have a variant.
-        count: Called with the name of a counter and an increment.
+        count: Called with increments by the names of their counters.
         batch_size: Requests that a generator without a ``stream`` gets at once.
     """
 
@@ -121,14 +121,14 @@ class Builder:
         captions: CaptionStore,
         *,
         describer: Describer | None = None,
-        count: Callable[[str, int], None] | None = None,
+        count: Callable[..., None] | None = None,
         batch_size: int = 32,
     ) -> None:
         self.recipe, self.generate, self.variants, self.captions = recipe, generate, variants, captions
         self.batch_size = batch_size
         self._address = Address(recipe)
         self._describer = describer
-        self._count = count or (lambda name, number: None)
+        self._count = count or (lambda **counts: None)
         self._versions = _versions()
         self._warned = False
 
@@ -146,14 +146,14 @@ class Builder:
                     outcomes[one.name] = outcome
                     self.count(outcome)
         except Exception:
-            self._count("failed", len(unique) - len(outcomes))
+            self._count(failed=len(unique) - len(outcomes))
             raise
         return [outcomes[one.name] for one in wanted]
 
     def count(self, outcome: Outcome) -> None:
         """Count what came about, where nobody else does: :meth:`stream` leaves that to who asked."""
         if outcome.counter is not None:
-            self._count(outcome.counter, 1)
+            self._count(**{outcome.counter: 1})
 
     def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]:
         """Pull wanted variants whenever the generator has room for them, and yield each group that is done.

@@ -204,11 +204,12 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             GenerationError: The generator raised (``on_error="raise"``).
         """
         sample = inputs if len(inputs) > 1 else inputs[0]
-        if not self._now().training:
+        live = self._now()
+        if not live.training:
             return sample
         if isinstance(sample, Image.Image):  # by far the most frequent, and nothing in it to be searched for
             check_form(sample)
-            return self.augment([sample])[0]
+            return self._augment(live, [sample], [None])[0]
         flat, spec = tree_flatten(sample)
         self.check_inputs(flat)
         where = [index for index, needed in enumerate(self._needs_transform_list(flat)) if needed]
@@ -226,7 +227,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             members = list(flat[index].as_subclass(torch.Tensor).unbind()) if batched else [flat[index]]
             spans.append((index, batched, len(images), len(images) + len(members)))
             images += members
-        outputs = self.augment(images, self._labels_of(sample, spans, len(images)))
+        outputs = self._augment(live, images, self._labels_of(sample, spans, len(images)))
         if all(output is image for output, image in zip(outputs, images, strict=True)):
             return sample
         for index, batched, start, stop in spans:
@@ -244,32 +245,9 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             The images in order; those that were not replaced are the same objects.
         """
         live = self._now()
-        if labels is None:
-            labels = [None] * len(images)
-        count = self._state.add
-        count("seen", len(images))
-        outputs = list(images)
-        if not live.training or live.p == 0.0 or not images:
-            return outputs
-        keys: dict[int, str] = {}
-        limits = self._limits(live, images, labels, keys)
-        # Both numbers are drawn for every image, whatever becomes of it: what follows in the pipeline then sees the same
-        # random numbers whether the stores are full or empty.
-        draws = torch.rand(len(images), 2, dtype=torch.float64).tolist()
-        chosen = [position for position, (draw, _) in enumerate(draws) if draw < limits[position]]
-        if not chosen:
-            return outputs
-        count("gated", len(chosen))
-        self._add_keys(keys, images, chosen)
-        wanted = {position: (keys[position], int(draws[position][1] * self.variants_per_image)) for position in chosen}
-        misses = self._look_up(wanted, images, labels, outputs)
-        if len(misses) < len(chosen):
-            count("hits", len(chosen) - len(misses))
-        if misses:
-            count("misses", len(misses))
-            if self.on_miss != "original":
-                self._make({position: wanted[position] for position in misses}, images, labels, outputs)
-        return outputs
+        if not live.training:
+            return list(images)
+        return self._augment(live, images, [None] * len(images) if labels is None else labels)
 
     # --- around the transform
 
@@ -381,6 +359,29 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     # --- inside
 
+    def _augment(self, live: _Live, images: Sequence[Any], labels: Sequence[Any]) -> list[Any]:
+        count = self._state.add
+        outputs = list(images)
+        if live.p == 0.0 or not images:
+            count(seen=len(images))
+            return outputs
+        keys: dict[int, str] = {}
+        limits = self._limits(live, images, labels, keys)
+        # Both numbers are drawn for every image, whatever becomes of it: what follows in the pipeline then sees the same
+        # random numbers whether the stores are full or empty.
+        draws = torch.rand(len(images), 2, dtype=torch.float64).tolist()
+        chosen = [position for position, (draw, _) in enumerate(draws) if draw < limits[position]]
+        if not chosen:
+            count(seen=len(images))
+            return outputs
+        self._add_keys(keys, images, chosen)
+        wanted = {position: (keys[position], int(draws[position][1] * self.variants_per_image)) for position in chosen}
+        misses = self._look_up(wanted, images, labels, outputs)
+        count(seen=len(images), gated=len(chosen), hits=len(chosen) - len(misses), misses=len(misses))
+        if misses and self.on_miss != "original":
+            self._make({position: wanted[position] for position in misses}, images, labels, outputs)
+        return outputs
+
     def _reset(self) -> None:
         """What belongs to one process only."""
         self._address = Address(self.recipe)
@@ -471,7 +472,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         supply = self._own_supply()
         try:
             if self.on_miss == "queue" and supply.full:
-                self._state.add("dropped", len(misses))
+                self._state.add(dropped=len(misses))
                 return
             wanted = self._wanted(misses, images, labels)
             if self.on_miss == "queue":
@@ -482,7 +483,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         except (ServiceError, GenerationError) as error:
             if self.on_error == "raise":
                 raise
-            self._state.add("fallbacks", len(misses))
+            self._state.add(fallbacks=len(misses))
             self._log_once(type(error).__name__, f"training goes on with originals: {error}")
 
     def _take(
@@ -513,7 +514,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         if problems and self.on_error == "raise":
             raise GenerationError(problems[0])
         if problems:
-            self._state.add("fallbacks", len(problems))
+            self._state.add(fallbacks=len(problems))
             self._log_once("error", f"training goes on with originals: {problems[0]}")
 
     def _wanted(self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any]) -> dict[int, Wanted]:
@@ -525,12 +526,12 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             label = self._label(record, labels[position])
             place = None if record is None else self._address.key(record, label)
             if place is not None and self.variants.failure(self.recipe, place, variant) is not None:
-                self._state.add("unavailable")
+                self._state.add(unavailable=1)
                 continue
             unlabelled = label is None and (self._address.needs_label or record is None)
             if unlabelled or (record is None and self.missing != "caption"):
                 if self.missing == "original":
-                    self._state.add("missing")
+                    self._state.add(missing=1)
                     continue
                 raise MissingCaptionError(_missing_message(record is None and self.missing == "error", key, labels[position]))
             wanted[position] = Wanted(key, variant, to_uint8_chw(images[position]), label)

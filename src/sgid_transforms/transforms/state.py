@@ -136,13 +136,14 @@ class SharedState:
 
     # --- counters
 
-    def add(self, name: str, count: int = 1) -> None:
-        """Count; exact also with threads."""
-        index = self._index[name]
+    def add(self, **counts: int) -> None:
+        """Count under one or more names; exact also with threads."""
         if self._row_forks != _forks:
             self._claim_row()
+        start, index, cells = self._row * self._width, self._index, self._cells
         with _lock:
-            self._cells[self._row * self._width + index] += count
+            for name, count in counts.items():
+                cells[start + index[name]] += count
 
     def totals(self) -> dict[str, int]:
         """Sums over all processes, ended ones included."""

@@ -44,9 +44,9 @@ class VariantSupply:
         if client is None:
             raise ServiceError("on_miss='queue' needs a running service; run the loop inside `with sgid.serve():`")
         dropped = client.enqueue(wanted)
-        self._state.add("queued", len(wanted))
+        self._state.add(queued=len(wanted))
         if dropped:
-            self._state.add("dropped", dropped)
+            self._state.add(dropped=dropped)
 
     def wait_for(self, wanted: Sequence[Wanted]) -> list[Outcome]:
         """What became of wanted variants, however long they take.
@@ -62,7 +62,7 @@ class VariantSupply:
                 outcomes = client.generate(wanted)
                 for outcome in outcomes:
                     if outcome.counter is not None:
-                        self._state.add(outcome.counter)
+                        self._state.add(**{outcome.counter: 1})
                 return outcomes
             with self._lock:
                 try:
@@ -72,8 +72,7 @@ class VariantSupply:
                 except Exception as error:  # a device that is not there, for instance
                     raise GenerationError(f"{type(error).__name__}: {error}") from error
         finally:
-            self._state.add("waits")
-            self._state.add("waited_us", int(1e6 * (time.perf_counter() - start)))
+            self._state.add(waits=1, waited_us=int(1e6 * (time.perf_counter() - start)))
 
     def _service(self) -> ServiceClient | None:
         address = self._state.settings().get("address")

@@ -48,6 +48,7 @@ _DIGEST = 32
 _FOOTER = _TAIL.size + _DIGEST
 
 _TEXT_DIGITS = 16
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # kept, for json.dumps makes a new one at every call
 
 _FINGERPRINT = re.compile(r"[0-9a-z][0-9a-z_-]{3,63}")
 _KEY = re.compile(r"[0-9a-f]{8,64}")
@@ -98,7 +99,7 @@ def variant_key(image_key: str, *text: object) -> str:
     """
     if len(image_key) > 64 - _TEXT_DIGITS:
         image_key = hashlib.sha256(image_key.encode()).hexdigest()[: 64 - _TEXT_DIGITS]
-    digest = hashlib.sha256(json.dumps(text, ensure_ascii=True, separators=(",", ":")).encode("ascii"))
+    digest = hashlib.sha256(_encode(text).encode("ascii"))
     return image_key + digest.hexdigest()[:_TEXT_DIGITS]
 
 
