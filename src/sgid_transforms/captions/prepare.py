@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
 from sgid_transforms.captions.record import CaptionRecord
@@ -22,7 +21,7 @@ from sgid_transforms.errors import StoreError
 from sgid_transforms.files import Waiting, job_identity, try_lock
 from sgid_transforms.images.datasets import RawImages, RawSample
 from sgid_transforms.images.folders import lies_in_ours
-from sgid_transforms.images.forms import check_form
+from sgid_transforms.images.forms import check_form, shrunk
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.labels import ClassNames, check_class_names, label_name
 from sgid_transforms.images.reading import check_size
@@ -32,7 +31,6 @@ from sgid_transforms.recipe.prompts import build_prompt, parse_template
 
 _log = logging.getLogger("sgid_transforms")
 
-_SHORTEST_EDGE = 1024  # pixels
 _LOCK_PAUSE = 0.05  # seconds until the next try
 _PIXELS = 2**25  # most pixels of pictures that wait in memory for their batch
 
@@ -117,6 +115,7 @@ class Describer:
         Args:
             known: Records, as far as they go, with their images, uint8 ``(3, H, W)``.
         """
+        known = [(record, shrunk(image)) for record, image in known]
         bare = [index for index, (record, _) in enumerate(known) if not record.captioner and not record.caption]
         records = [record for record, _ in known]
         for index, text in zip(bare, self.caption([known[i][1] for i in bare]) if bare else (), strict=True):
@@ -307,7 +306,7 @@ def complete(
             elif entry.key not in pending:
                 record = _to_do(known, entry, stale)
                 try:
-                    pending[entry.key] = (record, _small(to_uint8_chw(entry.load())))
+                    pending[entry.key] = (record, shrunk(to_uint8_chw(entry.load())))
                 except Exception as error:
                     tally.failed.append((entry.path, str(error)))
                     continue
@@ -352,19 +351,6 @@ def _size(image: Any) -> tuple[int, int]:
 
 def _pixels(image: Any) -> int:
     return math.prod(_size(image))
-
-
-def _small(image: torch.Tensor) -> torch.Tensor:
-    """A photo as large as captioners and CLIP models look at it, several times over, and no larger.
-
-    They resize by themselves, but in floats: a batch of photos of 24 megapixels once took 25 GB.
-    """
-    shortest = min(image.shape[1:])
-    if shortest <= _SHORTEST_EDGE:
-        return image
-    size = [round(side * _SHORTEST_EDGE / shortest) for side in image.shape[1:]]
-    small: torch.Tensor = F.resize(image, size, antialias=True)
-    return small
 
 
 def _stale(known: CaptionRecord, entry: Entry, describer: Describer) -> str | None:

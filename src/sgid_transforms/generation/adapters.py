@@ -36,7 +36,8 @@ from sgid_transforms.generation.support import (
     config_of,
     limit_tokenizers,
     native_resolution,
-    resize,
+    resized_floats,
+    resized_uint8,
     size_multiple,
     to_uint8,
     working_size,
@@ -358,7 +359,7 @@ def _text_limit(pipeline: Any) -> tuple[Any, int | None]:
 def _to_pil(image: Tensor, size: tuple[int, int]) -> Image.Image:
     """A uint8 ``(3, H, W)`` image at another size; pipelines differ in what they take, but all take PIL."""
     if tuple(image.shape[-2:]) != size:
-        image = to_uint8(resize(image[None].float() / 255, size))[0]
+        image = to_uint8(resized_floats(image, size))[0]
     picture: Image.Image = to_pil_image(image)
     return picture
 
@@ -371,4 +372,4 @@ def _finish(request: GenerationRequest, image: np.ndarray[Any, Any], flagged: bo
     if not bool(pixels.isfinite().all()):
         return RejectedImageError.not_finite(request)
     height, width = request.image.shape[-2:]
-    return to_uint8(resize(pixels.clamp(0, 1), (height, width)))[0].contiguous()
+    return resized_uint8(pixels[0].clamp(0, 1), (height, width)).contiguous()

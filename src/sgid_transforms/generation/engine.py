@@ -29,7 +29,8 @@ from sgid_transforms.generation.support import (
     native_resolution,
     obstacle,
     place,
-    resize,
+    resized_floats,
+    resized_uint8,
     size_multiple,
     to_uint8,
     working_size,
@@ -314,8 +315,8 @@ class NativeEngine:
         found = {i: hit for i, key in enumerate(keys) if self._cache and (hit := self._cache.get(key, device)) is not None}
         missing = [i for i in range(len(group)) if i not in found]
         if missing:
-            # One after the other: as floats, a batch of photos takes gigabytes before it is resized.
-            pixels = torch.cat([resize(_floats(group[i].request.image, device), group[i].size) for i in missing])
+            images = (group[i].request.image.to(device, non_blocking=True) for i in missing)
+            pixels = torch.cat([resized_floats(image, group[i].size) for i, image in zip(missing, images, strict=True)])
             for i, encoded in zip(missing, self._codec.encode(pixels), strict=True):
                 found[i] = encoded
                 if self._cache:
@@ -344,14 +345,9 @@ class NativeEngine:
             ready = list(to_uint8(images).cpu())
         else:
             own = [(s.request.image.shape[-2], s.request.image.shape[-1]) for s in group]
-            ready = [to_uint8(resize(image[None], size))[0].cpu() for image, size in zip(images, own, strict=True)]
+            ready = [resized_uint8(image, size).cpu() for image, size in zip(images, own, strict=True)]
         # copied, since an entry is a view, and would keep (and pickle) its whole batch
         return [
             image.clone(memory_format=torch.contiguous_format) if good else RejectedImageError.not_finite(s.request)
             for s, image, good in zip(group, ready, finite, strict=True)
         ]
-
-
-def _floats(image: Tensor, device: torch.device) -> Tensor:
-    """A uint8 image as a batch of one, in [0, 1]."""
-    return image.to(device, non_blocking=True)[None].float() / 255

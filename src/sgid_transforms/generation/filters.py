@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from sgid_transforms.errors import GenerationError, RecipeError
 from sgid_transforms.generation.requests import GenerationRequest
+from sgid_transforms.images.forms import shrunk
 from sgid_transforms.models.clip import CLIPScorer
 from sgid_transforms.recipe.recipe import Filters
 
@@ -159,6 +160,7 @@ class ImageFilter:
             images: uint8 ``(3, H, W)`` each.
             requests: the request of each image.
         """
+        images = [shrunk(image) for image in images]
         reasons = [pixel_reason(image) for image in images]
         if self._pipeline is not None:
             left = [i for i, reason in enumerate(reasons) if reason is None]
@@ -181,7 +183,7 @@ class ImageFilter:
         features = self._scorer.image_features(images)
         similarities: list[float | None] = [None] * len(images)
         if _checks_similarity(filters):
-            originals = self._scorer.image_features([request.image for request in requests])
+            originals = self._scorer.image_features([shrunk(request.image) for request in requests])
             similarities = (features * originals).sum(1).clamp(-1, 1).tolist()
         probabilities = self._scorer.probabilities(features, self._labels) if filters.label_check != "none" else None
         verdicts = []

@@ -177,9 +177,23 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Float images ``(B, 3, H, W)`` in [0, 1] at another size (antialiased bicubic, clipped); the same object at its own."""
     if tuple(images.shape[-2:]) == size:
         return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
+
+
+def resized_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A uint8 image ``(3, H, W)`` as floats ``(1, 3, h, w)`` in [0, 1], plane by plane: as floats, a photo takes a gigabyte."""
+    if tuple(image.shape[-2:]) == size:
+        return image[None].float().div_(255)
+    return torch.cat([resize(plane[None, None].float().div_(255), size) for plane in image], dim=1)
+
+
+def resized_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A float image ``(3, h, w)`` in [0, 1] as uint8 ``(3, H, W)``, plane by plane as well."""
+    if tuple(image.shape[-2:]) == size:
+        return to_uint8(image)
+    return torch.cat([to_uint8(resize(plane[None, None], size))[0] for plane in image])
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float images in [0, 1] as uint8, rounded to the nearest level."""
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)

@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+_SHORTEST_EDGE = 1024  # pixels
 _PIL_MODES = frozenset({"RGB", "RGBA", "RGBX", "L", "LA", "P", "CMYK", "YCbCr", "HSV", "LAB"})
 
 
@@ -89,3 +90,15 @@ def tensor_like(variant: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
 def to_pil(variant: torch.Tensor) -> Image.Image:
     """uint8 ``(3, H, W)`` to a PIL image."""
     return Image.fromarray(variant.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def shrunk(image: torch.Tensor) -> torch.Tensor:
+    """A photo ``(3, H, W)`` as large as captioners and CLIP models look at it, several times over, and no larger.
+
+    They resize by themselves, but in floats, and whole batches: 32 photos of 24 megapixels once took 25 GB.
+    """
+    shortest = min(image.shape[1:])
+    if shortest <= _SHORTEST_EDGE:
+        return image
+    small: torch.Tensor = F.resize(image, [round(side * _SHORTEST_EDGE / shortest) for side in image.shape[1:]], antialias=True)
+    return small

@@ -17,6 +17,7 @@ from sgid_transforms.models.loading import default_dtype, is_offline, quiet
 
 LABEL_TEMPLATE = "a photo of a {label}"
 
+_LONGEST = 16  # times as long as high: more is cut before it is resized
 _TEXT_CACHE = 4096  # label prompts come again and again; captions do not, so the cache is bounded
 
 
@@ -95,7 +96,7 @@ class CLIPScorer:
                 )
         features = []
         for start in range(0, len(images), self.batch_size):
-            chunk = [image.to(self.device) for image in images[start : start + self.batch_size]]
+            chunk = [self._middle(image).to(self.device) for image in images[start : start + self.batch_size]]
             inputs = self._processor(images=chunk, input_data_format="channels_first", return_tensors="pt")
             with torch.inference_mode():
                 output = self._model.get_image_features(pixel_values=inputs["pixel_values"].to(self.device, self._model.dtype))
@@ -170,6 +171,14 @@ class CLIPScorer:
     def __getstate__(self) -> dict[str, Any]:
         # Small pickles: another process loads the model itself.
         return self.__dict__ | {"_model": None, "_tokenizer": None, "_processor": None, "_texts": OrderedDict()}
+
+    def _middle(self, image: Tensor) -> Tensor:
+        """The part of a very long image that is left after the processor's crop: it resizes first, which takes gigabytes."""
+        longest = _LONGEST * min(image.shape[1:])
+        if max(image.shape[1:]) <= longest or not getattr(self._processor, "do_center_crop", False):
+            return image
+        margins = [max(side - longest, 0) // 2 for side in image.shape[1:]]
+        return image[:, margins[0] : image.shape[1] - margins[0], margins[1] : image.shape[2] - margins[1]]
 
     @property
     def _width(self) -> int:
