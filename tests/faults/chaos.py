@@ -389,6 +389,48 @@ def hostile_frames(folder: Path, rng: random.Random, tries: int) -> Outcome:
     return Outcome(tries, violations)
 
 
+def floods(folder: Path, rng: random.Random, tries: int) -> Outcome:
+    """Many clients of a real model announce up to 192 MiB and send all, much or little of it: its memory stays bounded."""
+    violations: list[str] = []
+    sgid = SGIDAugment(captions=folder / "c.sqlite", variants=folder / "v")
+    with sgid.serve(device="cpu", timeout=DEADLINE) as service, ThreadPoolExecutor(24) as pool:
+        honest = ServiceClient(service.client.address, timeout=DEADLINE)
+        honest.generate([wish("00" * 16, size=32)])
+        idle = _memory(service.pid)
+
+        def flood(seed: int) -> None:
+            own = random.Random(seed)
+            rows, columns = own.choice([(2364, 2364), (1000, 1000), (5700, 5700), (8192, 8192)])
+            size = 3 * rows * columns
+            item = {"key": f"{seed:032x}", "variant": 0, "label": "cat", "size": [rows, columns]}
+            text = json.dumps({"op": own.choice(["generate", "enqueue"]), "items": [item]}).encode()
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+                peer.settimeout(20)
+                peer.connect(service.client.address)
+                peer.sendall(struct.pack(">4sIQ", b"SGI3", len(text), size) + text)
+                peer.sendall(bytes(own.choice([size, size - 1, size // 2, 1000])))
+                if own.random() < 0.7:  # the others leave at once
+                    time.sleep(own.random() * 3)
+
+        floods = [pool.submit(flood, rng.getrandbits(60)) for _ in range(tries)]
+        highest, number = 0, 0
+        while not all(one.done() for one in floods):
+            start = time.monotonic()
+            try:
+                honest.generate([wish(f"{number:032x}", size=32)])
+            except ServiceError as error:
+                violations.append(f"an honest client got {error}")
+            if time.monotonic() - start > 15:
+                violations.append(f"an honest client waited {time.monotonic() - start:.1f} s")
+            highest, number = max(highest, _memory(service.pid)), number + 1
+            time.sleep(0.02)
+        if highest > 1.5 * idle:
+            violations.append(f"memory grew from {idle} to {highest} MB")
+        if number < 3:
+            violations.append("the floods ended before they were looked at: the attack proves nothing")
+    return Outcome(tries, violations)
+
+
 def _memory(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
 
@@ -413,7 +455,7 @@ def _hostile(rng: random.Random) -> bytes:
     sizes = [len(text), len(payload)]
     if kind == 5:
         sizes[rng.randrange(2)] = rng.choice([0, 1, 2**20 + 1, 2**31, 2**32 - 1])
-    frame = struct.pack(">4sIQ", b"SGI2", *sizes) + text + payload
+    frame = struct.pack(">4sIQ", b"SGI3", *sizes) + text + payload
     if kind == 6:
         frame = rng.randbytes(rng.randrange(1, 300))
     return frame[: rng.randrange(1, len(frame))] if kind == 7 else frame
@@ -493,6 +535,7 @@ ATTACKS = {
     "SIGSTOP of the service": Attack(stops, 20, 1, 60),
     "SIGKILL of the starter": Attack(orphans, 20, 2, 60),
     "hostile frames": Attack(hostile_frames, 600, 50, 40),
+    "floods of pixels": Attack(floods, 200, 12, 60),
     "forks under load": Attack(forks, 300, 3, 310),
 }
 

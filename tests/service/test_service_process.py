@@ -1,28 +1,35 @@
 """The service as real processes, under the faults that it must survive."""
 
+import contextlib
 import gc
+import json
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 
 from service_fakes import batches, fake_factory, refusing_factory, wish
-from sgid_transforms.building.wanted import Outcome, Status
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.errors import ModelLoadError, ServiceError
+from sgid_transforms.files import try_lock
 from sgid_transforms.service import GenerationService, ServiceClient
 from sgid_transforms.service.process import job_rendezvous
+from sgid_transforms.service.protocol import recv_frame
 
 
 def _until(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -39,9 +46,9 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _value(client: ServiceClient, key: str, value: int = 7) -> int:
+def _value(client: ServiceClient, key: str, value: int = 7, size: int = 4) -> int:
     """Ask for the variant of an image of one colour; the fake answers with the inverted colour."""
-    [outcome] = client.generate([wish(key, value)])
+    [outcome] = client.generate([wish(key, value, size=size)])
     assert outcome.status is Status.STORED
     return 255 - int(outcome.image.unique())
 
@@ -294,11 +301,73 @@ def test_a_shortage_of_descriptors_does_not_deafen_the_service() -> None:
 
 def test_hostile_frames_end_their_own_connection_only(tmp_path: Path) -> None:
     with GenerationService(fake_factory()) as service:
-        for data in (b"GET / HTTP/1.1\r\n\r\n", b"SGI2" + bytes(12) + b"x", bytes(100)):
+        for data in (b"GET / HTTP/1.1\r\n\r\n", b"SGI3" + bytes(12) + b"x", bytes(100)):
             with socket.socket(socket.AF_UNIX) as one:
                 one.connect(service.client.address)
                 one.sendall(data)
         assert _value(service.client, "a") == 7
+
+
+def _send(address: str, op: str, size: tuple[int, int], pixels: bytes) -> socket.socket:
+    """A client that says what it wants and sends these bytes, whatever it is told."""
+    one = socket.socket(socket.AF_UNIX)
+    one.settimeout(10)
+    one.connect(address)
+    item = {"key": "ab" * 16, "variant": len(pixels), "label": None, "size": list(size)}
+    header = json.dumps({"op": op, "items": [item]}).encode()
+    one.sendall(struct.pack(">4sIQ", b"SGI3", len(header), 3 * size[0] * size[1]) + header)
+    with contextlib.suppress(OSError):  # dropped meanwhile, as it may be
+        one.sendall(pixels)
+    return one
+
+
+def test_memory_is_bounded_for_all_clients_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 12 clients once had 64 MiB of its own; here they announce 16 MiB, send most of it, and fall silent."""
+    with GenerationService(fake_factory()) as service:
+        service.client.generate([wish("warm")])
+        resident = Path(f"/proc/{service.pid}/statm")
+        before = int(resident.read_text().split()[1])
+        address, side = service.client.address, 2364  # 16 MiB
+        with ThreadPoolExecutor(12) as pool:
+            silent = [pool.submit(_send, address, "generate", (side, side), bytes(15 << 20)) for _ in range(12)]
+            client = ServiceClient(address, timeout=30)
+            assert [_value(client, f"honest{number}", number, 600) for number in range(3)] == [0, 1, 2]
+            grown = (int(resident.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE")
+            assert grown < 130 << 20
+            for one in silent:
+                one.result().close()
+
+
+def test_the_largest_pictures_wait_for_each_other_and_not_in_the_way_of_others() -> None:
+    with GenerationService(fake_factory()) as service:
+        silent = [_send(service.client.address, "generate", (8192, 8192), bytes(1 << 20)) for _ in range(2)]
+        assert _value(ServiceClient(service.client.address, timeout=10), "small", 5, 600) == 5
+        for one in silent:
+            one.close()
+        picture = torch.zeros(3, 8192, 8192, dtype=torch.uint8)
+        assert service.client.generate([Wanted("large", 0, picture)])[0].status is Status.STORED
+
+
+def test_a_silent_client_keeps_its_room_while_nobody_waits() -> None:
+    with GenerationService(fake_factory()) as service:
+        service.client.generate([wish("warm")])
+        with _send(service.client.address, "enqueue", (100, 100), bytes(29_999)) as one:
+            assert _value(service.client, "a", 1, 600) == 1
+            one.sendall(b"x")
+            assert [recv_frame(one).op for _ in range(2)] == ["go", "queued"]
+
+
+def test_room_waited_for_longer_than_patience_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    """Signs of life reach a client that may not send yet."""
+    with GenerationService(fake_factory(tmp_path)) as service:
+        client = ServiceClient(service.client.address, patience=4)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(client.generate, [wish("slow", 1, size=5800)])
+            second = pool.submit(client.generate, [wish("late", 2, size=5800)])
+            with pytest.raises(TimeoutError):
+                second.result(6)
+            (tmp_path / "release").touch()
+            assert [one.result(30)[0].status for one in (first, second)] == [Status.STORED] * 2
 
 
 def test_a_rendezvous_in_a_missing_folder_is_made(tmp_path: Path) -> None:
@@ -399,6 +468,20 @@ def test_ranks_are_recognised_by_their_launcher(monkeypatch: pytest.MonkeyPatch)
     assert one != job_rendezvous("others")
     monkeypatch.setenv("MASTER_PORT", "29501")
     assert one != job_rendezvous("variants")
+
+
+def test_files_of_old_jobs_are_removed_unless_one_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = job_rendezvous().parent
+    for name in ("ended", "ended.address", "running", "running.address", "recent"):
+        (folder / name).write_text("")
+        if name != "recent":
+            os.utime(folder / name, (0, 0))
+    lock = try_lock(folder / "running")
+    job_rendezvous()
+    os.close(lock)
+    assert sorted(path.name for path in folder.iterdir()) == ["recent", "running", "running.address"]
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -5,14 +5,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sgid_transforms.building.builder import Builder, BuilderSpec
-from sgid_transforms.building.wanted import Outcome, Status, Wanted
+from sgid_transforms.building.wanted import MAX_BYTES_IN_WORK, Outcome, Status, Wanted
 from sgid_transforms.bulk.captioning import CaptionReport, caption_folder
 from sgid_transforms.bulk.plan import Models, Shard, missing_variants
 from sgid_transforms.captions.store import CaptionStore
@@ -23,8 +22,6 @@ from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
-
-_PIXELS: Final = 32 * 2**20  # most pixels of the originals that are held at once, 96 MiB as tensors
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ class Work:
         self._waiting = deque(todo)
         self._stop = stop
         self._files: dict[tuple[str, int], KnownImage] = {}  # of what the builder has in work
-        self._pixels = 0
+        self._bytes = 0
         self._last: tuple[str, Tensor] | None = None
         self.generated = self.filtered = 0
         self.failed: list[Skipped] = []
@@ -189,8 +186,8 @@ class Work:
                 self.stopped = True
                 break
             image, number = self._waiting[0]
-            area = image.size[0] * image.size[1]
-            if self._files and self._pixels + area > _PIXELS:  # large originals: fewer of them at once
+            size = 3 * image.size[0] * image.size[1]
+            if self._files and self._bytes + size > MAX_BYTES_IN_WORK:
                 break
             self._waiting.popleft()
             try:
@@ -199,13 +196,13 @@ class Work:
                 self.failed.append(Skipped(image.file.path, str(error)))
                 continue
             self._files[image.key, number] = image
-            self._pixels += area
+            self._bytes += size
             taken.append(Wanted(image.key, number, pixels, image.file.label))
         return taken
 
     def _take(self, builder: Builder, wanted: Wanted, outcome: Outcome) -> None:
         image = self._files.pop(wanted.name)
-        self._pixels -= image.size[0] * image.size[1]
+        self._bytes -= 3 * image.size[0] * image.size[1]
         if outcome.image is not None:
             root = builder.variants.root
             raise StoreError(

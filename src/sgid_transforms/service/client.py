@@ -66,6 +66,25 @@ class _Link:
             if time.monotonic() >= silent_from:
                 raise TimeoutError(f"the generation service gave no sign of life for {self.patience:g} s")
 
+    def answer(self, waiting: Waiting, op: str = "") -> Frame:
+        """The next frame that is more than a sign of life.
+
+        Raises:
+            ValueError: It is a refusal, or not the operation that it must be.
+            EOFError, OSError: The service is gone, or silent.
+        """
+        done: object = None
+        while True:
+            self.wait(waiting)
+            frame = recv_frame(self.socket)
+            if frame.op == "refused" or (op and frame.op not in (op, "alive")):
+                raise ValueError(frame.header.get("message", f"the service answered {frame.op!r:.40}"))
+            if frame.op != "alive":
+                return frame
+            before, done = done, frame.header.get("done")
+            if before not in (None, done):
+                waiting.progress()
+
     def __del__(self) -> None:
         # In a forked child this closes the child's copy only; the parent's connection lives on.
         if hasattr(self, "socket"):  # it was never connected
@@ -91,11 +110,11 @@ class _Delivery:
 
     def _run(self, images: Sequence[Any], items: Sequence[Any], recipe: str | None) -> None:
         try:
-            send_frame(self.link.socket, "enqueue", images, items=items, recipe=recipe)
-            answer = recv_frame(self.link.socket)
-            if answer.op != "queued":
-                raise ValueError(answer.header.get("message", f"the service answered {answer.op!r}"))
-            self.dropped = int(answer.header["dropped"])
+            waiting = Waiting("room for variants in the generation service")
+            send_frame(
+                self.link.socket, "enqueue", images, ask=lambda: self.link.answer(waiting, "go"), items=items, recipe=recipe
+            )
+            self.dropped = int(self.link.answer(waiting, "queued").header["dropped"])
         except (OSError, EOFError, ValueError) as error:
             self.error = error
 
@@ -228,21 +247,11 @@ class ServiceClient:
         return link
 
     def _ask(self, waiting: Waiting, op: str, images: Sequence[Any] = (), /, **header: Any) -> Frame:
-        done: object = None
         try:
             link = self._link(waiting.timeout)
             link.socket.settimeout(self.patience if waiting.timeout is None else min(self.patience, waiting.timeout))
-            send_frame(link.socket, op, images, **header)
-            while True:
-                link.wait(waiting)
-                answer = recv_frame(link.socket)
-                if answer.op == "refused":
-                    raise ValueError(answer.header.get("message", "the service refused the request"))
-                if answer.op != "alive":
-                    return answer
-                before, done = done, answer.header.get("done")
-                if before not in (None, done):
-                    waiting.progress()
+            send_frame(link.socket, op, images, ask=lambda: link.answer(waiting, "go"), **header)
+            return link.answer(waiting)
         except (OSError, EOFError, ValueError) as error:
             self.close()
             raise self._lost(error) from error

@@ -24,6 +24,8 @@ from sgid_transforms.service.server import BuilderFactory
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_transforms.service.server import main; main({}, {})"
 _FOLDERS = "sgid-service-"
+_ADDRESS = ".address"
+_OLD_SECONDS = 86400.0
 _LONGEST_FOLDER = 90  # bytes; socket paths end at about 104
 _LOAD_ERRORS = {"ModelLoadError": ModelLoadError, "GenerationError": GenerationError}
 
@@ -207,7 +209,7 @@ class GenerationService:
             raise
 
     def _meet(self, rendezvous: Path, pause: float = 0.05) -> None:
-        address_file = rendezvous.with_name(rendezvous.name + ".address")
+        address_file = rendezvous.with_name(rendezvous.name + _ADDRESS)
         waiting = Waiting(f"the process that holds {rendezvous} to have its service ready", self._timeout)
         while True:
             try:
@@ -250,7 +252,21 @@ def job_rendezvous(*more: str) -> Path | None:
         raise ServiceError(f"{folder} cannot be made: {error.strerror}; set TMPDIR") from error
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ServiceError(f"{folder} belongs to somebody else; set TMPDIR to a folder of your own")
+    _forget_old_jobs(folder)
     return folder / job
+
+
+def _forget_old_jobs(folder: Path) -> None:
+    """Remove the files of jobs that ended more than a day ago; those of running ones are locked."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another rank was faster
+            if path.suffix == _ADDRESS or time.time() - path.lstat().st_mtime < _OLD_SECONDS:
+                continue
+            lock = try_lock(path)
+            if lock is not None:
+                path.with_name(path.name + _ADDRESS).unlink(missing_ok=True)
+                path.unlink()
+                os.close(lock)
 
 
 _spawners: dict[int, ThreadPoolExecutor] = {}

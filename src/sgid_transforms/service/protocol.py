@@ -2,9 +2,10 @@
 
 import json
 import math
+import mmap
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
@@ -13,13 +14,13 @@ if TYPE_CHECKING:
     import torch
 
 _PREFIX = struct.Struct(">4sIQ")  # magic, bytes of JSON, bytes of pixels
-_MAGIC = b"SGI2"
+_MAGIC = b"SGI3"
 _MAX_HEADER = 1 << 20
+_SMALL = 1 << 16
 _MAX_PIXELS = 3 << 26  # bytes of the largest image that is read at all (importing its limit would import PyTorch)
-_CHUNK = 1 << 24
 
-FRAME_BYTES = 1 << 26
-"""Pixels of one frame, unless a single image has more: a client sends further ones in frames of their own."""
+FRAME_BYTES = 1 << 24
+"""Bytes of the pixels of one frame, unless a single image has more: a client sends further ones in frames of their own."""
 
 FRAME_ITEMS = 256
 """Images of one frame."""
@@ -33,8 +34,23 @@ class Frame(NamedTuple):
     pixels: memoryview
 
 
-def send_frame(sock: socket.socket, op: str, images: "Sequence[torch.Tensor]" = (), /, **header: Any) -> None:
+def send_frame(
+    sock: socket.socket,
+    op: str,
+    images: "Sequence[torch.Tensor]" = (),
+    /,
+    *,
+    ask: Callable[[], object] = lambda: None,
+    **header: Any,
+) -> None:
     """Write one frame; the pixels of ``images``, uint8 ``(3, H, W)`` each, are not copied.
+
+    Args:
+        sock: The connection.
+        op: What is said.
+        images: What follows the header.
+        ask: Called before pixels are sent; a client waits there until the service has room for them.
+        header: Details.
 
     Raises:
         OSError: The peer is gone.
@@ -46,12 +62,18 @@ def send_frame(sock: socket.socket, op: str, images: "Sequence[torch.Tensor]" = 
     if len(text) > _MAX_HEADER or size > _MAX_PIXELS:
         raise ValueError(f"a frame of {len(text)} + {size} bytes is too large; ask for fewer or smaller images at a time")
     sock.sendall(_PREFIX.pack(_MAGIC, len(text), size) + text)
+    if size:
+        ask()
     for payload in payloads:
         sock.sendall(payload)
 
 
-def recv_frame(sock: socket.socket) -> Frame:
+def recv_frame(sock: socket.socket, admit: Callable[[int], object] = lambda size: None) -> Frame:
     """Read one frame.
+
+    Args:
+        sock: The connection.
+        admit: Called before pixels are read, with their size in bytes.
 
     Raises:
         EOFError: The peer closed the connection.
@@ -62,14 +84,16 @@ def recv_frame(sock: socket.socket) -> Frame:
     if magic != _MAGIC or text_size > _MAX_HEADER or size > _MAX_PIXELS:
         raise ValueError("the peer does not speak this protocol (is it another version of sgid_transforms?)")
     try:
-        header = json.loads(_recv_exactly(sock, text_size))
+        header = json.loads(bytes(_recv_exactly(sock, text_size)))
         op = header.pop("op")
         sizes = [_bytes_of(one["size"]) for one in header.get("items", ()) if one.get("size") is not None]
     except (RecursionError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"the peer sent a malformed frame ({type(error).__name__})") from None
     if sum(sizes) != size:  # before any memory is asked for
         raise ValueError(f"a frame announced images of {sum(sizes)} bytes and carries {size}")
-    return Frame(str(op), header, memoryview(_recv_exactly(sock, size)))
+    if size:
+        admit(size)
+    return Frame(str(op), header, _recv_exactly(sock, size))
 
 
 def wanted_header(wanted: Sequence[Wanted]) -> list[dict[str, Any]]:
@@ -142,18 +166,17 @@ def _bytes_of(size: Any) -> int:
     return 3 * math.prod(size)
 
 
-def _recv_exactly(sock: socket.socket, size: int) -> bytearray:
-    """So many bytes. Memory grows with what has come, not with what was announced."""
-    buffer = bytearray()  # writable, so that a tensor can be laid over it without a copy
-    while len(buffer) < size:
-        start = len(buffer)
-        buffer += bytes(min(_CHUNK, max(1 << 16, start), size - start))
-        view = memoryview(buffer)
-        got = start
-        while got < len(view):
-            count = sock.recv_into(view[got:])
-            if count == 0:
-                raise EOFError("the connection was closed")
-            got += count
-        view.release()
-    return buffer
+def _recv_exactly(sock: socket.socket, size: int) -> memoryview:
+    """So many bytes, in writable memory that tensors can be laid over.
+
+    The system gives the pages of a map as they are written, so that memory grows with what has come and not with what was
+    announced, and takes them back at once; the heap would keep them.
+    """
+    view = memoryview(mmap.mmap(-1, size) if size > _SMALL else bytearray(size))
+    got = 0
+    while got < size:
+        count = sock.recv_into(view[got:])
+        if count == 0:
+            raise EOFError("the connection was closed")
+        got += count
+    return view

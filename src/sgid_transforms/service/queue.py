@@ -7,7 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sgid_transforms.building.wanted import Outcome, Status, Wanted
+from sgid_transforms.building.wanted import MAX_BYTES_IN_WORK, Outcome, Status, Wanted
+
+_MAX_BACKGROUND = 96 << 20  # bytes of the images that nobody waits for
 
 
 class _Waiting(NamedTuple):
@@ -41,7 +43,7 @@ class WantedQueue:
             pulls as many as it has room for.
         max_wait (float): Seconds that the oldest one waits for company of an idle model. It begins earlier when a batch is
             full, or when every known caller is waiting, so that nothing further can come.
-        max_queue (int): Bound on what nobody waits for (:meth:`enqueue`); what exceeds it is dropped and counted.
+        max_queue (int): Bound on what nobody waits for (:meth:`enqueue`); what exceeds it, or 96 MiB, is dropped and counted.
             Callers that wait (:meth:`submit`) bound themselves: each has one request in flight.
     """
 
@@ -93,11 +95,14 @@ class WantedQueue:
         """Ask for variants that nobody waits for; returns how many were taken (or were on their way already)."""
         taken = 0
         with self._changed:
+            size = sum(waiting.wanted.image.numel() for waiting in self._background.values())
             for one in wanted:
                 if one.name in self._running or one.name in self._urgent or one.name in self._background:
                     self.stats.merged += 1
-                elif len(self._background) < self.max_queue:
-                    self._background[one.name] = _Waiting(one, Future(), time.monotonic())
+                elif len(self._background) < self.max_queue and size + one.image.numel() <= _MAX_BACKGROUND:
+                    # A copy, for the image is a view into all that came with it.
+                    self._background[one.name] = _Waiting(replace(one, image=one.image.clone()), Future(), time.monotonic())
+                    size += one.image.numel()
                 else:
                     self.stats.dropped += 1
                     continue
@@ -127,8 +132,12 @@ class WantedQueue:
         with self._changed:
             if self._closed:
                 return taken
+            size = sum(waiting.wanted.image.numel() for waiting in self._running.values())
             for queue in (self._urgent, self._background):
                 for name in list(queue)[: room - len(taken)]:
+                    size += queue[name].wanted.image.numel()
+                    if self._running and size > MAX_BYTES_IN_WORK:
+                        break
                     self._running[name] = waiting = queue.pop(name)
                     taken.append(waiting.wanted)
             self.stats.batches += bool(taken)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import pickle
 import select
@@ -14,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from sgid_transforms.building.wanted import Outcome, Wanted
@@ -23,7 +24,10 @@ from sgid_transforms.service.queue import WantedQueue
 
 HEARTBEAT = 1.0  # seconds between two signs of life towards a client that waits
 _FRAME_SECONDS = 60.0  # for a client to send the rest of a frame, or to read an answer
-_PAUSE = 0.05  # seconds before the next try, when there was no descriptor or thread for a client
+_PAUSE = 0.05  # seconds before the next try, when there was no descriptor, thread or room for a client
+_ROOM = 96 << 20  # bytes of pixels that all clients share
+_GRACE = 2.0  # seconds, and
+_SLOWEST = 8 << 20  # bytes per second, for pixels to arrive while others wait for room
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("sgid_transforms")
@@ -38,6 +42,73 @@ class Streams(Protocol):
 
 
 BuilderFactory = Callable[[], Streams]
+
+
+@dataclass(eq=False)
+class _Guest:
+    connection: socket.socket
+    size: int
+    deadline: float  # for its pixels to arrive, as soon as somebody waits
+
+
+class Room:
+    """Bounds the pixels that clients have in the service at one time, so that its memory is bounded whatever they send.
+
+    Frames share ``limit`` bytes, from before their pixels are read until they are answered. A larger frame, which holds a
+    single picture, has room while no other such is there. Where somebody waits, a client whose pixels do not come is dropped.
+
+    Args:
+        limit: In bytes.
+    """
+
+    def __init__(self, limit: int = _ROOM) -> None:
+        self._limit = limit
+        self._guests: list[_Guest] = []
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, connection: socket.socket, size: int) -> Iterator[None]:
+        """Wait for room and take it; the client learns when it may send.
+
+        Raises:
+            OSError: The client is gone.
+        """
+        guest = _Guest(connection, size, 0.0)
+        told = time.monotonic()
+        with self._changed:
+            while not self._fits(size):
+                self._drop_stalled()
+                self._changed.wait(_PAUSE)
+                if time.monotonic() > told + HEARTBEAT:
+                    send_frame(connection, "alive")
+                    told = time.monotonic()
+            guest.deadline = time.monotonic() + _GRACE + size / _SLOWEST
+            self._guests.append(guest)
+        try:
+            send_frame(connection, "go")
+            yield
+        finally:
+            with self._changed:
+                self._guests.remove(guest)
+                self._changed.notify_all()
+
+    def arrived(self, connection: socket.socket) -> None:
+        """Tell that a client's pixels are here: it is not to be dropped any more."""
+        with self._changed:
+            for guest in self._guests:
+                if guest.connection is connection:
+                    guest.deadline = math.inf
+
+    def _fits(self, size: int) -> bool:
+        is_large = size > self._limit
+        same = [guest.size for guest in self._guests if (guest.size > self._limit) == is_large]
+        return not same or (not is_large and sum(same) + size <= self._limit)
+
+    def _drop_stalled(self) -> None:
+        for guest in self._guests:
+            if time.monotonic() > guest.deadline:
+                with contextlib.suppress(OSError):
+                    guest.connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and leaves
 
 
 class Server:
@@ -57,6 +128,7 @@ class Server:
         self._failure: tuple[str, str] | None = None
         self._started = time.monotonic()
         self._failure_told = threading.Event()
+        self._room = Room()
 
     def run(self, factory: BuilderFactory) -> bool:
         """Load the model in this thread and serve until :meth:`stop`; returns False when it could not be loaded."""
@@ -104,11 +176,14 @@ class Server:
                     connection.settimeout(None)
                     connection.recv(1, socket.MSG_PEEK)  # a client may be quiet for as long as it likes, but not within a frame
                     connection.settimeout(_FRAME_SECONDS)
-                    frame = recv_frame(connection)
-                    if frame.op == "generate" and not is_caller:
-                        is_caller = True
-                        self._queue.add_caller()
-                    self._answer(connection, frame)
+                    with contextlib.ExitStack() as held:
+                        frame = recv_frame(connection, lambda size: held.enter_context(self._room.taken(connection, size)))
+                        self._room.arrived(connection)
+                        if frame.op == "generate" and not is_caller:
+                            is_caller = True
+                            self._queue.add_caller()
+                        self._answer(connection, frame)
+                        del frame  # its pixels go before its room does
             except (ValueError, KeyError, TypeError) as error:
                 send_frame(connection, "refused", message=str(error))
             finally:
@@ -127,6 +202,9 @@ class Server:
                 # A client that died is noticed here, too: sending to it raises, and what it wanted goes on for the store.
                 while wait(futures, HEARTBEAT).not_done:
                     send_frame(connection, "alive", done=self._queue.stats.done)
+            except OSError:
+                wait(futures)  # its pixels are held, and need their room, for as long
+                raise
             finally:
                 self._queue.release()
             outcomes = [future.result() for future in futures]
