@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from augment_fakes import FakeCaptioner, FakeScorer, captioned, picture
+from report_fakes import ColourScorer
 from sgid_transforms.building.address import Address
 from sgid_transforms.building.builder import Builder, BuilderSpec, auto_models
 from sgid_transforms.building.wanted import Status, Wanted
-from sgid_transforms.captions import CaptionStore
+from sgid_transforms.captions import CaptionRecord, CaptionStore
 from sgid_transforms.captions.prepare import Describer
 from sgid_transforms.errors import GenerationError, RecipeError, StoreError
 from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
@@ -117,6 +118,39 @@ def test_a_caption_on_demand_is_written_once_with_its_captioner(stores: tuple[Ca
     assert _stored(stores, 7, 2) is not None
 
 
+def test_captions_on_demand_are_those_of_prepare_also_for_a_photo(stores: tuple[CaptionStore, VariantStore]) -> None:
+    """Both look at a photo that was shrunk first."""
+    sizes = []
+
+    class Sizes(FakeCaptioner):
+        def caption(self, images: Any) -> list[str]:
+            sizes.extend(tuple(image.shape[1:]) for image in images)
+            return super().caption(images)
+
+    describer = Describer(RECIPE.prompt, Sizes(), FakeScorer())
+    photo = torch.zeros(3, 2048, 3072, dtype=torch.uint8)
+    Builder(RECIPE, Generate(), stores[1], stores[0], describer=describer)([Wanted("ab" * 16, 0, photo, "dog")])
+    assert sizes == [(1024, 1536)]
+
+
+def test_an_image_without_a_label_is_not_captioned_on_demand(stores: tuple[CaptionStore, VariantStore]) -> None:
+    captioner = FakeCaptioner()
+    describer = Describer(RECIPE.prompt, captioner, FakeScorer())
+    outcomes = Builder(RECIPE, Generate(), stores[1], stores[0], describer=describer)([_wanted(7), _wanted(8, 0, "dog")])
+    assert [one.status for one in outcomes] == [Status.FAILED, Status.STORED]
+    assert captioner.seen == 1
+
+
+def test_on_demand_a_caption_by_a_person_is_left_alone(stores: tuple[CaptionStore, VariantStore]) -> None:
+    key = image_key(picture(7))
+    stores[0].put(CaptionRecord(key, "my own words", label="dog", source="human"))
+    captioner = FakeCaptioner()
+    describer = Describer(RECIPE.prompt, captioner, FakeScorer())
+    Builder(RECIPE, Generate(), stores[1], stores[0], describer=describer)([_wanted(7)])
+    assert captioner.seen == 0
+    assert _stored(stores, 7).provenance.caption == "my own words"
+
+
 def test_pixels_come_back_where_the_store_cannot_be_written(
     stores: tuple[CaptionStore, VariantStore], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,6 +175,23 @@ def test_a_scorer_object_without_features_is_refused_for_a_label_check(stores: t
     recipe = RECIPE.replace(filters=Filters("argmax"))
     with pytest.raises(RecipeError, match="the scorer is a FakeScorer without image_features and probabilities"):
         BuilderSpec(recipe, stores[1], stores[0], scorer=FakeScorer(), labels=["cat", "dog"]).build()
+
+
+@pytest.mark.parametrize("filters", [Filters("argmax"), Filters("threshold"), Filters(min_image_similarity=0.1)])
+def test_a_scorer_object_is_the_one_that_every_filter_asks(stores: tuple[CaptionStore, VariantStore], filters: Filters) -> None:
+    scorer = Scorer()
+    spec = BuilderSpec(RECIPE.replace(filters=filters), stores[1], stores[0], scorer=scorer, labels=["cat", "dog"])
+    [outcome] = spec.build()([_wanted(0)])
+    assert outcome.status in (Status.STORED, Status.FILTERED)
+    assert scorer.asked > 0
+
+
+class Scorer(ColourScorer):
+    asked = 0
+
+    def image_features(self, images: Any) -> torch.Tensor:
+        self.asked += len(images)
+        return super().image_features(images)
 
 
 def test_the_model_decides_on_captioner_and_scorer_unless_the_user_does() -> None:

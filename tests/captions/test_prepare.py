@@ -20,6 +20,7 @@ from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ModelLoadError, StoreError
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.images.reading import load_image
+from sgid_transforms.recipe import Recipe
 from sgid_transforms.transforms.augment import SGIDAugment
 from sgid_transforms.transforms.dataset import SGIDDataset
 from sgid_transforms.variants import Provenance, VariantStore
@@ -249,6 +250,36 @@ def test_ranks_of_one_job_prepare_each_data_set_once(
     assert sgid.captioner.seen == 12
     other = image_folder(tmp_path / "other", size=24)  # as many images, but other ones
     assert sgid.prepare(ImageFolder(other), progress=False).captioned == 12
+
+
+@pytest.mark.parametrize("parts", [[range(6), range(6, 12)], [range(0, 12, 2), range(1, 12, 2)], [range(8), range(4, 12)]])
+def test_shards_and_folds_of_one_length_are_told_apart_in_a_job(
+    sgid: SGIDAugment, folder: Path, monkeypatch: pytest.MonkeyPatch, parts: list[range]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = ImageFolder(folder)
+    for part in parts:
+        sgid.prepare(Subset(data, list(part)), progress=False)
+    assert len(sgid.captions) == 12
+    assert sgid.captioner.seen == 12
+
+
+def test_other_settings_are_other_work_in_a_job(
+    sgid: SGIDAugment, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pictures under other class names, or another template, were once taken for done."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = ImageFolder(folder)
+    sgid.prepare(data, progress=False)
+    words = {name: f"{name} of some kind" for name in data.classes}
+    renamed = SGIDAugment(captions=sgid.captions, captioner=FakeCaptioner(), scorer=FakeScorer(), class_names=words)
+    renamed.prepare(data, progress=False)
+    assert {record.label for record in sgid.captions} == set(words.values())
+    recipe = Recipe(prompt="{label}: {caption}")
+    other = SGIDAugment(
+        recipe=recipe, captions=sgid.captions, captioner=FakeCaptioner(), scorer=FakeScorer(), class_names=words
+    )
+    assert other.prepare(data, progress=False).scored == 12
 
 
 @pytest.mark.parametrize("size", [(17_000, 16), (16, 17_000), (8_200, 8_200)])

@@ -89,6 +89,26 @@ def test_of_several_class_columns_that_of_the_label_gives_the_names(others: tupl
     assert [images[n].classes[images[n].label] for n in range(4)] == ["cat", "cat", "dog", "dog"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"coarse_label": ["animal", "thing"], "fine_label": ["cat", "dog"]}, "fine_label"),  # CIFAR-100
+        ({"superclass": ["bad", "good"], "labels": ["cat", "dog"]}, "labels"),
+        ({"split": ["train", "test"], "target": ["cat", "dog"], "weather": ["sun", "rain"]}, "target"),
+    ],
+)
+def test_columns_under_other_usual_names(columns: dict[str, list[str]], named: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = {name: datasets.ClassLabel(names=names) for name, names in columns.items()}
+    rows = {name: [0, 0, 1, 1] if name == named else [0, 1, 1, 0] for name in columns}
+    pictures = [Image.fromarray(np.full((8, 8, 3), n, np.uint8)) for n in range(4)]
+    data = datasets.Dataset.from_dict(
+        {"image": pictures, **rows}, features=datasets.Features({"image": datasets.Image(), **features})
+    )
+    images = RawImages(data, SGIDAugment)
+    assert [images[n].classes[images[n].label] for n in range(4)] == ["cat", "cat", "dog", "dog"]
+
+
 def test_the_identity_of_a_data_set_is_its_content(folder: Path, tmp_path: Path) -> None:
     data, other = ImageFolder(folder), ImageFolder(image_folder(tmp_path / "other", size=32))
 

@@ -111,6 +111,21 @@ def test_emulated_bfloat16_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_dtype("cuda") == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("device", "native", "dtype"),
+    [
+        ("cuda:1", False, torch.float16),
+        (torch.device("cuda", 0), False, torch.float16),
+        ("cuda", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
+        ("xpu", False, torch.bfloat16),  # CUDA's answer says nothing about others
+    ],
+)
+def test_precision_by_device(monkeypatch: pytest.MonkeyPatch, device: Any, native: bool, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert default_dtype(device) == dtype
+
+
 def test_half_precision_prefers_fp16_files(saved: Path, tmp_path: Path) -> None:
     pipeline = tiny_models.sd1()
     pipeline.unet.conv_in.bias.data.fill_(7.0)
@@ -128,6 +143,17 @@ def test_half_precision_prefers_fp16_files(saved: Path, tmp_path: Path) -> None:
         ModelLoadError, match=r"^.* has no safetensors weights for a part of it \(.*\); .* pass variant='bf16'$"
     ):
         load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize("parts", [("unet",), ("text_encoder",), ("vae", "text_encoder")])
+def test_a_pipeline_of_which_some_parts_have_only_fp16_files_loads(saved: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    for part in parts:
+        for path in (tmp_path / part).glob("*.safetensors"):
+            path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    for dtype in (torch.float16, torch.float32):
+        loaded = load_pipeline(str(tmp_path), dtype=dtype)
+        assert loaded.unet.dtype == loaded.vae.dtype == dtype
 
 
 def test_a_text_to_image_checkpoint_of_another_family_becomes_image_to_image(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 import tiny_text
@@ -57,6 +59,24 @@ def test_equals_transformers_own_processor_and_model(scorer: CLIPScorer, height:
     logits = scorer.label_probabilities(images, ["cat", "dog"])
     assert logits.shape == (2, 2)
     torch.testing.assert_close(logits.sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 700), (700, 15), (33, 2000)])
+def test_a_very_long_image_is_cropped_before_it_is_resized(scorer: CLIPScorer, height: int, width: int) -> None:
+    """To the same features: what the processor resizes and then crops away takes gigabytes."""
+    image = v2.functional.gaussian_blur(pictures(1, height, width)[0], [9, 9])
+    own = scorer._processor(images=[image], input_data_format="channels_first", return_tensors="pt")
+    with torch.no_grad():
+        output = scorer._model.get_image_features(pixel_values=own["pixel_values"])
+    expected = torch.nn.functional.normalize(output.pooler_output, dim=-1)
+    assert (scorer.image_features([image]) * expected).sum() > 0.999
+
+
+def test_a_clip_with_only_fp16_files_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.fp16.safetensors")
+    with pytest.raises(ModelLoadError, match=r"fp16"):
+        CLIPScorer(str(tmp_path)).load()
 
 
 def test_label_probabilities_are_the_softmax_of_clips_logits(scorer: CLIPScorer) -> None:

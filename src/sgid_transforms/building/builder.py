@@ -24,6 +24,8 @@ from sgid_transforms.variants.store import VariantStore
 
 _log = logging.getLogger("sgid_transforms")
 
+_MAX_BYTES = 96 << 20  # of the originals that the model has in work at one time
+
 CLIP = "openai/clip-vit-base-patch32"
 
 Generate = Callable[[Sequence[GenerationRequest]], Sequence[GenerationResult]]
@@ -160,14 +162,24 @@ class Builder:
 
         Args:
             pull: Hands over up to so many that wait, fewer where fewer wait. After an answer of none, and with nothing left in
-                work, the stream ends.
+                work, the stream ends. Of large photos, fewer are asked for at once.
         """
         asked: dict[GenerationRequest, tuple[Wanted, CaptionRecord, str]] = {}
         done: list[tuple[Wanted, Outcome]] = []
+        largest = 0
 
         def source(room: int) -> list[GenerationRequest]:
+            nonlocal largest
             requests: list[GenerationRequest] = []
-            while len(requests) < room and (fresh := pull(room - len(requests))):
+            while len(requests) < room:
+                left = _MAX_BYTES - sum(request.image.numel() for request in asked)
+                fits = left // largest if largest else 1
+                if asked and fits < 1:
+                    break
+                fresh = pull(min(room - len(requests), max(fits, 1)))
+                if not fresh:
+                    break
+                largest = max(largest, *(one.image.numel() for one in fresh))
                 for one, plan in self._plans(fresh):
                     if isinstance(plan, Outcome):
                         done.append((one, plan))

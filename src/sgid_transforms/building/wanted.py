@@ -8,10 +8,6 @@ if TYPE_CHECKING:
     import torch
 
 
-MAX_BYTES_IN_WORK = 96 << 20
-"""Bytes of the originals that a model has in work at one time: of large photos, it gets fewer at once."""
-
-
 class Status(Enum):
     """What became of a wanted variant."""
 

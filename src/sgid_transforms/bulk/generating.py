@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sgid_transforms.building.builder import Builder, BuilderSpec
-from sgid_transforms.building.wanted import MAX_BYTES_IN_WORK, Outcome, Status, Wanted
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.bulk.captioning import CaptionReport, caption_folder
 from sgid_transforms.bulk.plan import Models, Shard, missing_variants
 from sgid_transforms.captions.store import CaptionStore
@@ -158,7 +158,6 @@ class Work:
         self._waiting = deque(todo)
         self._stop = stop
         self._files: dict[tuple[str, int], KnownImage] = {}  # of what the builder has in work
-        self._bytes = 0
         self._last: tuple[str, Tensor] | None = None
         self.generated = self.filtered = 0
         self.failed: list[Skipped] = []
@@ -185,24 +184,18 @@ class Work:
             if self._stop():
                 self.stopped = True
                 break
-            image, number = self._waiting[0]
-            size = 3 * image.size[0] * image.size[1]
-            if self._files and self._bytes + size > MAX_BYTES_IN_WORK:
-                break
-            self._waiting.popleft()
+            image, number = self._waiting.popleft()
             try:
                 pixels = self._load(image)
             except ImageError as error:
                 self.failed.append(Skipped(image.file.path, str(error)))
                 continue
             self._files[image.key, number] = image
-            self._bytes += size
             taken.append(Wanted(image.key, number, pixels, image.file.label))
         return taken
 
     def _take(self, builder: Builder, wanted: Wanted, outcome: Outcome) -> None:
         image = self._files.pop(wanted.name)
-        self._bytes -= 3 * image.size[0] * image.size[1]
         if outcome.image is not None:
             root = builder.variants.root
             raise StoreError(

@@ -75,6 +75,11 @@ class Describer:
         self._captioner: Any = None if isinstance(captioner, str) else captioner
         self._scorer: Any = None if isinstance(scorer, str) else scorer
 
+    @property
+    def identity(self) -> str:
+        """What decides a record beside its image."""
+        return repr((self.template, self.name, self.scorer_name))
+
     def caption(self, images: Sequence[torch.Tensor]) -> list[str]:
         """One caption per uint8 ``(3, H, W)`` image."""
         if self._captioner is None:
@@ -235,7 +240,7 @@ def prepare(
     failed: list[tuple[int, str]] = []
     unlabelled = 0
     with alone(captions, timeout) as lock:
-        job = job_identity(str(captions.path), images.identity(key))
+        job = job_identity(str(captions.path), images.identity(key), describer.identity, repr(class_names))
         if lock is not None and job is not None and os.pread(lock, 200, 0) == job.encode():
             return PrepareReport(len(images), known=len(images))  # another rank of this job has just done it
         ours = functools.cache(lies_in_ours)  # for this call alone: folders change

@@ -230,9 +230,9 @@ class ServiceClient:
         """The background queue was full a moment ago; asking again would be in vain."""
         return time.monotonic() < self._full_until
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, timeout: float | None = None) -> dict[str, Any]:
         """``batches``, ``images``, ``done``, ``merged``, ``dropped``, ``max_batch`` and ``seconds`` since the start."""
-        return self._ask(Waiting("the counts of the generation service"), "stats").header
+        return self._ask(Waiting("the counts of the generation service", timeout), "stats").header
 
     def close(self) -> None:
         """Close this thread's connection; the next request opens a new one."""

@@ -26,6 +26,7 @@ _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sgid_tran
 _FOLDERS = "sgid-service-"
 _ADDRESS = ".address"
 _OLD_SECONDS = 86400.0
+_ALIVE_SECONDS = 5.0
 _LONGEST_FOLDER = 90  # bytes; socket paths end at about 104
 _LOAD_ERRORS = {"ModelLoadError": ModelLoadError, "GenerationError": GenerationError}
 
@@ -106,11 +107,11 @@ class GenerationService:
 
     @property
     def alive(self) -> bool:
-        """Whether the service process runs and answers."""
+        """Whether the service process runs, and answers within 5 s."""
         if self._client is None or (self._process is not None and self._process.poll() is not None):
             return False
         try:
-            self._client.stats()
+            self._client.stats(timeout=_ALIVE_SECONDS)
         except ServiceError:
             return False
         return True

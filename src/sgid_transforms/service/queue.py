@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sgid_transforms.building.wanted import MAX_BYTES_IN_WORK, Outcome, Status, Wanted
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 
 _MAX_BACKGROUND = 96 << 20  # bytes of the images that nobody waits for
 
@@ -132,12 +132,8 @@ class WantedQueue:
         with self._changed:
             if self._closed:
                 return taken
-            size = sum(waiting.wanted.image.numel() for waiting in self._running.values())
             for queue in (self._urgent, self._background):
                 for name in list(queue)[: room - len(taken)]:
-                    size += queue[name].wanted.image.numel()
-                    if self._running and size > MAX_BYTES_IN_WORK:
-                        break
                     self._running[name] = waiting = queue.pop(name)
                     taken.append(waiting.wanted)
             self.stats.batches += bool(taken)
