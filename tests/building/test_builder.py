@@ -151,6 +151,17 @@ def test_on_demand_a_caption_by_a_person_is_left_alone(stores: tuple[CaptionStor
     assert _stored(stores, 7).provenance.caption == "my own words"
 
 
+@pytest.mark.parametrize(("fit", "sizes"), [(1, [1] * 6), (2, [2] * 3), (3.9, [3, 3]), (0.1, [1] * 6), (9, [6])])
+def test_few_large_originals_are_in_work_at_once(
+    stores: tuple[CaptionStore, VariantStore], monkeypatch: pytest.MonkeyPatch, fit: float, sizes: list[int]
+) -> None:
+    monkeypatch.setattr("sgid_transforms.building.builder._MAX_BYTES", int(fit * picture(0).numel()))
+    generate = Generate()
+    outcomes = Builder(RECIPE, generate, stores[1], stores[0])([_wanted(n % 3, n) for n in range(6)])
+    assert [one.status for one in outcomes] == [Status.STORED] * 6
+    assert [len(batch) for batch in generate.batches] == sizes
+
+
 def test_pixels_come_back_where_the_store_cannot_be_written(
     stores: tuple[CaptionStore, VariantStore], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

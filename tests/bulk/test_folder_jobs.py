@@ -5,9 +5,7 @@ import torch
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from job_fakes import FakeCaptioner, FakeGenerator, FakeScorer, fake_models
-from sgid_transforms.building.builder import Builder
 from sgid_transforms.bulk import Models, Shard, caption_folder, estimate_folder, generate_folder, scan_folder
-from sgid_transforms.bulk.generating import Work
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import GenerationError, RecipeError, StoreError
@@ -264,22 +262,6 @@ def test_the_model_decides_on_captioner_and_scorer_unless_the_user_does():
     assert Models().captioner_for(real).startswith("Salesforce/blip")
     assert Models().scorer_for(real).startswith("openai/clip")
     assert Models(captioner="mine").captioner_for(real) == "mine"
-
-
-def test_few_large_originals_are_held_at_once(tmp_path, stores):
-    scan = scan_folder(plain_folder(tmp_path / "data", 3))
-    caption_folder(scan, RECIPE, stores.captions, fake_models())
-    sizes = []
-
-    class Noting(FakeGenerator):
-        def __call__(self, requests):
-            sizes.append(len(requests))
-            return super().__call__(requests)
-
-    large = [(dataclasses.replace(image, size=(4096, 4096)), 0) for image in scan.images]
-    work = Work(large)
-    work.run(Builder(RECIPE, Noting(), stores.variants, stores.captions, batch_size=4))
-    assert (sizes, work.generated) == ([2, 2, 2], 6)
 
 
 def test_a_variant_follows_from_its_own_name_alone(tmp_path, stores):
