@@ -64,6 +64,10 @@ def names_are_broken(folder):
     (folder / "names.json").write_text("{")
 
 
+def names_twice(folder):
+    (folder / "names.json").write_text('{"cat": "tabby", "dog": "hound", "cat": "lynx"}')
+
+
 def names_in_utf16(folder):
     (folder / "names.json").write_text('{"cat": "tabby"}', encoding="utf-16")
 
@@ -122,6 +126,7 @@ MISTAKES = [
     ("a device that cannot compute", nothing, "generate data --device meta", "cannot run"),
     ("class names as a list", names_are_a_list, "generate data --class-names names.json", "not a table of names"),
     ("class names that are no JSON", names_are_broken, "caption data --class-names names.json", "is not JSON"),
+    ("two names for a class", names_twice, "caption data --class-names names.json", "names the class 'cat' twice"),
     ("class names that are no UTF-8", names_in_utf16, "caption data --class-names names.json", "is not UTF-8"),
     ("class names in a file that shouts", names_in_toml, "caption data --class-names names.TOML", "is not TOML"),
     ("a model without a name", nothing, "generate data --model=", "model"),

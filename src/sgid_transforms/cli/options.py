@@ -92,14 +92,29 @@ def class_names_from(path: Path | None) -> dict[str, str] | None:
     is_toml = path.suffix.lower() == ".toml"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        names = tomllib.loads(text) if is_toml else json.loads(text)
+        names = tomllib.loads(text) if is_toml else json.loads(text, object_pairs_hook=_each_once)
         problem = "is not a table of names"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     except UnicodeDecodeError:
         problem = "is not UTF-8"
+    except _TwiceError as error:
+        problem = f"names the class {str(error)!r} twice"
     except (ValueError, RecursionError):  # both formats' errors
         problem = f"is not {'TOML' if is_toml else 'JSON'}"
     if not isinstance(names, dict) or not names or not all(isinstance(words, str) for words in names.values()):
         raise typer.BadParameter(f'{path} {problem}; write {{"folder name": "words"}}', param_hint="--class-names")
     return names
+
+
+class _TwiceError(ValueError):
+    """A name that comes twice: of two words for one class, JSON would take the last without a word."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _TwiceError(name)
+        found[name] = value
+    return found
