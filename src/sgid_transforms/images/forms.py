@@ -58,10 +58,8 @@ def check_form(image: Any) -> None:
         return
     if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
         raise ValueError(f"an image tensor has shape {tuple(image.shape)}; pass (C, H, W) or (B, C, H, W) with 1 or 3 channels")
-    if image.is_meta or image.layout is not torch.strided:
-        raise TypeError(
-            f"an image tensor is {'on the meta device' if image.is_meta else 'sparse'}; pass one with all its pixels"
-        )
+    if image.layout is not torch.strided:
+        raise TypeError(f"an image tensor has layout {image.layout}; pass a dense one, as image.to_dense()")
     if not (image.dtype == torch.uint8 or image.is_floating_point()):
         raise TypeError(f"an image tensor has dtype {image.dtype}; pass uint8 in [0, 255] or floats in [0, 1]")
 
