@@ -83,7 +83,7 @@ class Address:
         return variants.get_pil(self.recipe, record.key, variant) if pil else old.image
 
     def exists(self, variants: VariantStore, record: CaptionRecord, key: str, variant: int) -> bool:
-        """Whether :meth:`find` would find a variant, mostly without reading it."""
+        """Whether `find` would find a variant, mostly without reading it."""
         if variants.contains(self.recipe, key, variant):
             return True
         old = variants.may_have_old_keys(self.recipe) and variants.contains(self.recipe, record.key, variant)

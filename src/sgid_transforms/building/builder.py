@@ -37,7 +37,7 @@ GeneratorFactory = Callable[..., Generate]
 
 @dataclass(frozen=True)
 class BuilderSpec:
-    """All that is needed to set up a :class:`Builder` in any process; pickles small.
+    """All that is needed to set up a `Builder` in any process; pickles small.
 
     Args:
         recipe: What to make.
@@ -153,7 +153,7 @@ class Builder:
         return [outcomes[one.name] for one in wanted]
 
     def count(self, outcome: Outcome) -> None:
-        """Count what came about, where nobody else does: :meth:`stream` leaves that to who asked."""
+        """Count what came about, where nobody else does: `stream` leaves that to who asked."""
         if outcome.counter is not None:
             self._count(**{outcome.counter: 1})
 

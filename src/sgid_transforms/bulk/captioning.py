@@ -18,7 +18,7 @@ from sgid_transforms.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """What :func:`caption_folder` did.
+    """What `caption_folder` did.
 
     Args:
         images: Different pictures in the folder.
@@ -40,7 +40,7 @@ class CaptionReport:
 
 
 def scan_folder(data: str | os.PathLike[str], class_names: Mapping[str, str] | None = None, *, progress: bool = False) -> Scan:
-    """List a folder and decode every image once; see :func:`~sgid_transforms.images.folders.list_folder`.
+    """List a folder and decode every image once; see `list_folder`.
 
     Raises:
         FolderError: There is no such folder, or no image in it that could be used.

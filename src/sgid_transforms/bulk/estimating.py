@@ -66,7 +66,7 @@ def estimate_folder(
     sample: int = 16,
     progress: bool = False,
 ) -> Estimate:
-    """Measure on a sample what :func:`generate_folder` would take. Nothing is written but temporary files.
+    """Measure on a sample what `generate_folder` would take. Nothing is written but temporary files.
 
     Args:
         sample: how many variants to make; they are spread evenly over those that are missing.

@@ -22,7 +22,7 @@ _LONGEST_STEM = 180  # bytes; with what is added, and a temporary name, below th
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What :func:`export_folder` wrote.
+    """What `export_folder` wrote.
 
     Args:
         variants: variants in the folder now.

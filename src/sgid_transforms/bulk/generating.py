@@ -26,7 +26,7 @@ from sgid_transforms.variants.store import VariantStore
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What :func:`generate_folder` did.
+    """What `generate_folder` did.
 
     Args:
         captions: what it did about captions.

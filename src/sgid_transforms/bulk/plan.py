@@ -19,7 +19,7 @@ class Models:
 
     Args:
         device: Where all of them run.
-        captioner, scorer: Ids, or objects as :func:`prepare` takes them; ``"auto"``: the bundled
+        captioner, scorer: Ids, or objects as `prepare` takes them; ``"auto"``: the bundled
             ones for a recipe of ``tiny``, else BLIP and CLIP.
         generator: ``(recipe, device, **options) -> generate``, in place of the package's generator.
         batch_size: Images per forward pass.

@@ -130,7 +130,7 @@ class Database:
         _databases.add(self)
 
     def one(self, statement: str, parameters: tuple[object, ...]) -> Any:
-        """The first row that a statement gives: as :meth:`reading`, and quicker, for every hit of the transform comes here."""
+        """The first row that a statement gives: as `reading`, and quicker, for every hit of the transform comes here."""
         global _depth
         with _gate:
             _depth += 1

@@ -37,7 +37,7 @@ _PIXELS = 2**25  # most pixels of pictures that wait in memory for their batch
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What :func:`prepare` did.
+    """What `prepare` did.
 
     Args:
         images: Items of the data set.

@@ -36,6 +36,10 @@ class CaptionRecord:
         path: Of the image file, as the data set has it.
         scorer: Id of the model that measured the similarity.
         prompt: The text that the similarity was measured with: label and caption in the recipe's template.
+
+    Examples:
+        >>> CaptionRecord("0f" * 16, "a cat on a sofa", label="cat", source="human").caption
+        'a cat on a sofa'
     """
 
     key: str
@@ -92,7 +96,7 @@ def from_row(row: tuple[Any, ...]) -> CaptionRecord | None:
 
 
 def digest_of(row: Sequence[object]) -> int:
-    """The CRC-32 of the columns ``COLUMNS``, as SQLite gives them. :func:`from_row` has it inlined, for the speed of hits."""
+    """The CRC-32 of the columns ``COLUMNS``, as SQLite gives them. `from_row` has it inlined, for the speed of hits."""
     return zlib.crc32("\0".join(map(str, row)).encode())
 
 

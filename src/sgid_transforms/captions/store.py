@@ -64,7 +64,7 @@ _MERGE = _upsert(take="(excluded.source = 'human' AND captions.source <> 'human'
 
 @dataclass(frozen=True)
 class CaptionsReport:
-    """What :meth:`CaptionStore.verify` found.
+    """What `CaptionStore.verify` found.
 
     Args:
         checked: Records that could be read.
@@ -96,6 +96,14 @@ class CaptionStore:
 
     Raises:
         StoreError: From every method, if the file cannot be read or written, is no caption store or one of a newer version.
+
+    Examples:
+        >>> store = CaptionStore("own.sqlite")
+        >>> store.put(CaptionRecord("0f" * 16, "a cat on a sofa", label="cat", source="human"))
+        >>> store.get("0f" * 16).label
+        'cat'
+        >>> len(store), "ab" * 16 in store
+        (1, False)
     """
 
     def __init__(self, path: str | os.PathLike[str], *, readonly: bool = False) -> None:
@@ -146,7 +154,7 @@ class CaptionStore:
         return [key for key in wanted if key not in known]
 
     def put(self, record: CaptionRecord) -> None:
-        """Store one record; see :meth:`put_many`."""
+        """Store one record; see `put_many`."""
         self.put_many((record,))
 
     def put_many(self, records: Iterable[CaptionRecord]) -> None:
@@ -165,7 +173,7 @@ class CaptionStore:
                 connection.executemany(_PUT, rows)
 
     def set_similarities(self, similarities: Mapping[str, float | None]) -> None:
-        """Set the similarity of some records, of human captions as well; their ranks are unknown until :meth:`set_ranks`.
+        """Set the similarity of some records, of human captions as well; their ranks are unknown until `set_ranks`.
 
         Args:
             similarities: Key -> cosine of (image, prompt). Keys without a record are left out.
@@ -197,7 +205,7 @@ class CaptionStore:
         return len(ranks)
 
     def lacks_ranks(self) -> bool:
-        """Whether there are similarities without a rank, which :meth:`set_ranks` would rank."""
+        """Whether there are similarities without a rank, which `set_ranks` would rank."""
         query = "SELECT EXISTS (SELECT 1 FROM captions WHERE similarity IS NOT NULL AND rank IS NULL)"
         return bool(self._database.one(query, ())[0])
 
@@ -233,7 +241,7 @@ class CaptionStore:
 
         For an image that both know, this store's caption stays unless only the other one is human. What is missing of
         label, path, similarity and rank is filled in; scores only for the same caption. Ranks of two stores do not
-        compare: call :meth:`set_ranks` afterwards.
+        compare: call `set_ranks` afterwards.
         """
         source = CaptionStore(other.path if isinstance(other, CaptionStore) else other, readonly=True)
         try:
@@ -278,7 +286,7 @@ class CaptionStore:
         return exchange.write_parquet(self, Path(path))
 
     def import_parquet(self, path: str | os.PathLike[str]) -> int:
-        """Read what :meth:`export_parquet` wrote, or any Parquet file with the columns ``key`` and ``caption``.
+        """Read what `export_parquet` wrote, or any Parquet file with the columns ``key`` and ``caption``.
 
         Returns:
             How many records were read. Human captions in the store stay as they are, where the new ones are not human.

@@ -41,11 +41,15 @@ def demo(
     from sgid_transforms.models.clip import CLIPScorer
     from sgid_transforms.recipe.recipe import Recipe
     from sgid_transforms.report import contact_sheet
-    from sgid_transforms.report.html import check_extra, write_report
+    from sgid_transforms.report.html import ReportError, check_extra, write_report
     from sgid_transforms.transforms.augment import SGIDAugment
     from sgid_transforms.variants.store import VariantStore
 
-    check_extra()  # before the work rather than in the middle of it
+    try:
+        check_extra()
+        lacking = ""
+    except ReportError as error:
+        lacking = str(error)
     out.mkdir(parents=True, exist_ok=True)
     recipe, variants = Recipe.for_model("tiny"), VariantStore(out / "variants")
     scan = scan_folder(SAMPLES)
@@ -76,9 +80,10 @@ def demo(
             column_titles=["original", *(f"variant {number}" for number in range(count))],
         ).save(out / "contact-sheet.png")
 
-        say("3/4  report")
-        title = "Demo: variants of CIFAR-10 images"
-        write_report(out / "report.html", captions, variants, recipe, scorer=CLIPScorer("tiny"), title=title)
+        say(f"3/4  report{f': left out; {lacking}' if lacking else ''}")
+        if not lacking:
+            title = "Demo: variants of CIFAR-10 images"
+            write_report(out / "report.html", captions, variants, recipe, scorer=CLIPScorer("tiny"), title=title)
 
         say(f"4/4  training a small network without and with variants: {len(train)} images, {_SEEDS} seeds, {steps} steps each")
         sgid = SGIDAugment(
@@ -95,9 +100,10 @@ def demo(
     say(f"This shows the mechanics and is no benchmark: on {len(test)} test images, some points are chance.")
     say("The repository's benchmarks/accuracy.py measures what variants bring, beside classic augmentation.")
     say()
-    for name in ("captions.sqlite", "variants", "contact-sheet.png", "report.html", "training.json"):
+    shown_last = "contact-sheet.png" if lacking else "report.html"
+    for name in dict.fromkeys(("captions.sqlite", "variants", "contact-sheet.png", shown_last, "training.json")):
         say(f"{Path(name).stem.replace('-', ' '):<14} {out / name}")
-    say(f"\ndone in {duration(time.perf_counter() - start)}; open {out / 'report.html'} in a browser")
+    say(f"\ndone in {duration(time.perf_counter() - start)}; open {out / shown_last}")
     say("next: sgid generate YOUR_FOLDER --dry-run")
     return 0
 

@@ -78,6 +78,13 @@ class Generator:
 
     Raises:
         RecipeError: the filters need class names, and there are none.
+
+    Examples:
+        >>> generator = Generator.from_recipe(Recipe(model="tiny"))
+        >>> image = v2.functional.pil_to_tensor(ImageFolder("train")[0][0])
+        >>> [result] = generator([GenerationRequest(image, "a photo of a cat", strength=0.7, seed=1)])
+        >>> result.image.shape, result.ok
+        (torch.Size([3, 32, 32]), True)
     """
 
     def __init__(

@@ -27,6 +27,11 @@ class GenerationRequest:
         seed: seed of this request's own random numbers, in [0, 2**64).
         label: class name, for filters that ask whether the variant still shows it.
         id: free text that names the request in messages.
+
+    Examples:
+        >>> image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        >>> GenerationRequest(image, "a photo of a cat", strength=0.7, guidance_scale=5.0, seed=1).strength
+        0.7
     """
 
     image: torch.Tensor
@@ -56,6 +61,10 @@ class GenerationResult:
         unet_evaluations: model evaluations (rows, not calls) that all attempts of this request took.
         failed: whether an error is why there is no image, so that it may be tried again, and not a rejection, which would
             only repeat itself.
+
+    Examples:
+        >>> GenerationResult(None, "every attempt was rejected", rejected=("label", "label")).ok
+        False
     """
 
     image: torch.Tensor | None

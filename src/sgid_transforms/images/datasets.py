@@ -48,7 +48,7 @@ class RawImages:
 
     Args:
         dataset: Has ``__len__`` and ``__getitem__``.
-        stop (type): The class of the transform whose input is wanted.
+        stop: The class of the transform whose input is wanted.
 
     Raises:
         TypeError: It has neither length nor items.

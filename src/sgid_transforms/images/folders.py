@@ -54,7 +54,7 @@ class KnownImage:
 
     Args:
         file: where it is.
-        key: of its picture (:func:`~sgid_transforms.images.keys.image_key`).
+        key: of its picture (`image_key`).
         size: ``(height, width)`` in pixels, upright.
         turned: whether its EXIF orientation turned it.
     """

@@ -21,6 +21,11 @@ def image_key(image: Image.Image | torch.Tensor) -> str:
     Raises:
         TypeError: for anything that is not one image of these types.
         ValueError: for an image of the wrong shape, without pixels, or with floats outside [0, 1].
+
+    Examples:
+        >>> image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        >>> image_key(image) == image_key(v2.functional.to_pil_image(image))
+        True
     """
     if isinstance(image, Image.Image):
         rgb = _rgb(image)
@@ -47,7 +52,7 @@ def to_uint8_chw(image: Image.Image | torch.Tensor) -> torch.Tensor:
         PIL image, or tensor ``(C, H, W)`` with C = 1 or 3 -> ``(3, H, W)`` in [0, 255].
 
     Raises:
-        TypeError, ValueError: as :func:`image_key`.
+        TypeError, ValueError: as `image_key`.
     """
     if isinstance(image, Image.Image):
         rgb = _rgb(image)

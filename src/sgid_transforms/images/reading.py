@@ -56,7 +56,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
-    """:func:`load_image`, and whether the picture was turned."""
+    """`load_image`, and whether the picture was turned."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for whoever writes into it

@@ -26,7 +26,7 @@ class CLIPScorer:
 
     The model is loaded from safetensors, on first use or by `load`. Nothing is downloaded for ``"tiny"``.
 
-    Example:
+    Examples:
         >>> scorer = CLIPScorer("tiny")
         >>> image = torch.zeros(3, 32, 32, dtype=torch.uint8)
         >>> scorer.label_probabilities([image], ["cat", "dog"]).shape

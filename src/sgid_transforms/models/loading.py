@@ -82,7 +82,7 @@ def load_pipeline(
         ModelLoadError: The model cannot be used; one sentence says why.
         GenerationError: xFormers was asked for and cannot run here.
 
-    Example:
+    Examples:
         >>> pipeline = load_pipeline("tiny")
         >>> type(pipeline).__name__
         'StableDiffusionImg2ImgPipeline'
@@ -224,7 +224,7 @@ def compile_pipeline(pipeline: Any, *, backend: str = "inductor") -> str:
 def padded_sizes(limit: int) -> list[int]:
     """Batch sizes to compile for: powers of two up to ``limit``, which is always among them; at most eight, the largest.
 
-    Example:
+    Examples:
         >>> padded_sizes(12)
         [1, 2, 4, 8, 12]
     """

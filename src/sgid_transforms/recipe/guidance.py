@@ -23,12 +23,16 @@ class SimilarityGuidance:
     (Li et al., AAAI 2024, arXiv 2302.02070); this one is the project's own choice.
 
     Args:
-        low (float): scale of the image that its prompt describes worst (best, if ``reverse``); at least 0.
-        high (float): scale of the image that its prompt describes best (worst, if ``reverse``); at least ``low``.
-        reverse (bool): let the scale fall with the similarity instead, as DALDA (2024) does for its adapter weight.
+        low: scale of the image that its prompt describes worst (best, if ``reverse``); at least 0.
+        high: scale of the image that its prompt describes best (worst, if ``reverse``); at least ``low``.
+        reverse: let the scale fall with the similarity instead, as DALDA (2024) does for its adapter weight.
 
     Raises:
         RecipeError: for a value that is not a finite number >= 0, or ``low`` above ``high``.
+
+    Examples:
+        >>> Recipe(guidance=SimilarityGuidance(low=3.0, high=8.0)).guidance.low
+        3.0
     """
 
     low: float
@@ -65,7 +69,7 @@ def guidance_scale(policy: float | SimilarityGuidance, rank: float | None) -> fl
     """The guidance scale that ``policy`` gives an image with this similarity rank.
 
     Args:
-        policy: a number (the same scale for every image) or a :class:`SimilarityGuidance`.
+        policy: a number (the same scale for every image) or a `SimilarityGuidance`.
         rank: the image's similarity rank in [0, 1]; ``None`` (never measured) counts as the middle, 0.5.
     """
     if isinstance(policy, SimilarityGuidance):
@@ -109,7 +113,7 @@ def variant_seed(fingerprint: str, key: str, variant: int, seed: int) -> int:
 def variant_strength(strength: float | tuple[float, float], fingerprint: str, key: str, variant: int, seed: int) -> float:
     """Strength of one variant: ``strength`` itself if it is a number, else drawn uniformly from ``[low, high]``.
 
-    The other arguments are those of :func:`variant_seed`.
+    The other arguments are those of `variant_seed`.
     """
     if not isinstance(strength, tuple):
         return float(strength)

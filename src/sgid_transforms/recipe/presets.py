@@ -1,4 +1,4 @@
-"""Settings that are known to suit a model, or a kind of images, each with its source. Data only; :class:`Recipe` reads it."""
+"""Settings that are known to suit a model, or a kind of images, each with its source. Data only; `Recipe` reads it."""
 
 from typing import Final, TypedDict
 

@@ -43,7 +43,7 @@ def build_prompt(
 
     Args:
         template: text with ``{label}`` and ``{caption}``; ``{{`` and ``}}`` stand for braces.
-        label: class name in words, see :func:`clean_label`.
+        label: class name in words, see `clean_label`.
         caption: what is in the image; may be empty.
         tokenizer: the model's own tokenizer, called as ``tokenizer(text)["input_ids"]``, special tokens included.
         max_tokens: most tokens that the prompt may have; ``None``: the tokenizer's ``model_max_length``.

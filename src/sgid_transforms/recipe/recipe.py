@@ -52,6 +52,10 @@ class Filters:
 
     Raises:
         RecipeError: for a value of the wrong type or outside its range, in one sentence.
+
+    Examples:
+        >>> Recipe(filters=Filters("argmax", max_retries=1)).filters.label_check
+        'argmax'
     """
 
     label_check: LabelCheck = "none"
@@ -87,10 +91,10 @@ _BY_MODEL_FIELDS: Final = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to generate. Two recipes with one :attr:`fingerprint` make the same variants.
+    """What to generate. Two recipes with one `fingerprint` make the same variants.
 
     Strength, guidance, its interval, steps, sampler and resolution, where left out, are those that suit the model, however the
-    recipe is written: here, by :meth:`for_model`, in a TOML file, or by :meth:`replace` with another model.
+    recipe is written: here, by `for_model`, in a TOML file, or by `replace` with another model.
 
     Args:
         model: ``"tiny"`` (bundled), another preset's name (``"sd-turbo"`` stands for its checkpoint), a diffusers checkpoint
@@ -105,7 +109,7 @@ class Recipe:
         negative_prompt: text that guidance steers away from; without effect where the guidance scale is at most 1.
         strength: share of the noise schedule that is redone, in [0.001, 1]: near 0 returns the original, 1 ignores it. A range
             ``(low, high)`` is drawn from uniformly, per variant.
-        guidance: classifier-free guidance scale, at least 0, or a :class:`SimilarityGuidance`. At most 1 is no guidance.
+        guidance: classifier-free guidance scale, at least 0, or a `SimilarityGuidance`. At most 1 is no guidance.
         num_inference_steps: steps of the whole schedule, 1 to 1000; ``int(num_inference_steps * strength)`` of them are run,
             at least one (a latent consistency model runs them all, over a shorter range of noise; see also
             ``exact_strength``).
@@ -120,11 +124,19 @@ class Recipe:
             that list takes all strengths from 0.5 to 0.74 for one. Native path only, and not for ``"lcm"``. ``None``: as
             the model's preset has it, where the sampler allows it.
         seed: the user's seed, in [0, 2**63).
-        filters: see :class:`Filters`.
+        filters: see `Filters`.
         image_format: how variants are stored: ``"png"``, ``"webp-lossless"``, ``"webp"``, ``"jpeg"``, or ``"auto"``: by size.
 
     Raises:
         RecipeError: for a value of the wrong type or outside its range, in one sentence.
+
+    Examples:
+        >>> recipe = Recipe(model="tiny", strength=(0.3, 0.9), guidance=5.0)
+        >>> recipe.replace(seed=1).fingerprint == recipe.fingerprint
+        False
+        >>> recipe.to_toml("recipe.toml")
+        >>> Recipe.from_toml("recipe.toml") == recipe
+        True
     """
 
     model: str = TINY["model"]
@@ -229,7 +241,7 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a recipe from a TOML file, as :meth:`to_toml` writes it; fields that are left out keep their defaults.
+        """Read a recipe from a TOML file, as `to_toml` writes it; fields that are left out keep their defaults.
 
         A line ``preset = "sd-turbo"`` takes that preset's settings instead of the defaults.
 
@@ -254,7 +266,7 @@ class Recipe:
             raise RecipeError(f"{os.fspath(path)}: {error}") from None
 
     def to_toml(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe to a TOML file, all or nothing; :meth:`from_toml` reads an equal recipe from it.
+        """Write the recipe to a TOML file, all or nothing; `from_toml` reads an equal recipe from it.
 
         Raises:
             RecipeError: if the file cannot be written; an existing file is then left as it was.

@@ -131,7 +131,7 @@ def write_report(
 
 
 def check_extra() -> None:
-    """Raise :class:`ReportError` if a package of the ``report`` extra is missing."""
+    """Raise `ReportError` if a package of the ``report`` extra is missing."""
     for name in ("jinja2", "matplotlib"):
         try:
             import_module(name)

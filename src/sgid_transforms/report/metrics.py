@@ -1,6 +1,6 @@
 """Figures of sets of images: how far they are apart, and how different from each other.
 
-They work on embeddings ``(N, D)`` of any model, such as :meth:`~sgid_transforms.models.clip.CLIPScorer.image_features`.
+They work on embeddings ``(N, D)`` of any model, such as `image_features`.
 """
 
 from __future__ import annotations

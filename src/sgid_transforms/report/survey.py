@@ -231,7 +231,7 @@ class Reader:
         captions: Labels, captions and paths of the originals.
         variants: The variants.
         recipe: The recipe of these variants.
-        originals: As for :func:`survey`.
+        originals: As for `survey`.
     """
 
     def __init__(
@@ -285,7 +285,7 @@ class Reader:
         max_originals: int,
         progress: Callable[[Sequence[str]], Iterable[str]],
     ) -> Survey:
-        """Measure what was found; see :func:`survey`."""
+        """Measure what was found; see `survey`."""
         if max_originals < 1:
             raise ValueError(f"max_originals is {max_originals}; it must be at least 1")
         if scorer is not None and class_names is None:

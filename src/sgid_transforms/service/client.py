@@ -126,11 +126,11 @@ class ServiceClient:
     it was compared with its question; a connection whose question was interrupted is never used again.
 
     Args:
-        address (str): Path of the service's socket.
-        patience (float): Seconds without any sign of life after which the service counts as dead. A service that
+        address: Path of the service's socket.
+        patience: Seconds without any sign of life after which the service counts as dead. A service that
             works on a long batch sends one every second; one that was killed is noticed at once.
-        recipe (str, optional): Fingerprint of the recipe whose variants are wanted; a service for another one refuses.
-        timeout (float, optional): Seconds that a call of :meth:`generate` waits at most, whatever the service says.
+        recipe: Fingerprint of the recipe whose variants are wanted; a service for another one refuses.
+        timeout: Seconds that a call of `generate` waits at most, whatever the service says.
     """
 
     def __init__(self, address: str, patience: float = 60.0, recipe: str | None = None, timeout: float | None = None) -> None:

@@ -38,25 +38,28 @@ class GenerationService:
     not import the caller's main script, and it ends with the process that started it, however that one ends.
 
     Args:
-        factory (callable): Picklable, without arguments, from an importable module; called in the service process, it
-            returns the :class:`Builder` whose ``stream`` makes variants.
-        max_batch (int): How many variants an idle model waits for, at most, before it begins. A working one takes as many as it
+        factory: Picklable, without arguments, from an importable module; called in the service process, it
+            returns the `Builder` whose ``stream`` makes variants.
+        max_batch: How many variants an idle model waits for, at most, before it begins. A working one takes as many as it
             has room for.
-        max_wait (float): Seconds that the first one waits for others.
-        max_queue (int): Bound on work that nobody waits for.
-        rendezvous (path, optional): Ranks that name the same file share one service: the first one starts it, the
+        max_wait: Seconds that the first one waits for others.
+        max_queue: Bound on work that nobody waits for.
+        rendezvous: Ranks that name the same file share one service: the first one starts it, the
             others attach. The service ends when the rank that started it stops it.
-        recipe (str, optional): Fingerprint of the recipe; clients that want variants of another one are refused.
-        timeout (float, optional): Seconds until the service must be ready.
+        recipe: Fingerprint of the recipe; clients that want variants of another one are refused.
+        timeout: Seconds until the service must be ready.
 
     Raises:
         ServiceError: The process cannot be started, ended while it loaded, or was not ready in time.
         ModelLoadError: The model cannot be loaded.
 
-    Example::
-
-        with GenerationService(spec.build) as service:
-            outcomes = service.client.generate(wanted)
+    Examples:
+        >>> sgid = SGIDAugment(captions="captions.sqlite", variants="variants", p=1.0)
+        >>> report = sgid.prepare(ImageFolder("train"), progress=False)
+        >>> with sgid.serve(device="cpu") as service:  # a GenerationService
+        ...     image, label = ImageFolder("train", sgid)[0]  # made in the service's process
+        ...     service.client.stats()["done"]
+        1
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class GenerationService:
         recipe: str | None = None,
         timeout: float | None = None,
     ) -> None:
+        _check_system()
         if max_batch < 1:
             raise ServiceError(f"max_batch is {max_batch}; it must be at least 1")
         if max_wait < 0:
@@ -237,6 +241,14 @@ class GenerationService:
                 raise ServiceError(f"{error}; stop that process, or give another file") from None
 
 
+def _check_system() -> None:
+    if not hasattr(socket, "AF_UNIX"):
+        raise ServiceError(
+            "this system's Python has no Unix sockets, which a service needs; make the variants before the training, by "
+            "`sgid generate`, or use on_miss='generate' without serve()"
+        )
+
+
 def job_rendezvous(*more: str) -> Path | None:
     """The file where the ranks of this distributed job meet, or None outside of one.
 
@@ -246,6 +258,7 @@ def job_rendezvous(*more: str) -> Path | None:
     job = job_identity(*more)
     if job is None:
         return None
+    _check_system()
     folder = Path(tempfile.gettempdir(), f"sgid-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

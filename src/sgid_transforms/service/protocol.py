@@ -102,7 +102,7 @@ def wanted_header(wanted: Sequence[Wanted]) -> list[dict[str, Any]]:
 
 
 def wanted_of(frame: Frame) -> list[Wanted]:
-    """The reverse of :func:`wanted_header`; the images share the frame's memory.
+    """The reverse of `wanted_header`; the images share the frame's memory.
 
     Raises:
         ValueError: An item is malformed.
@@ -132,7 +132,7 @@ def outcome_header(wanted: Sequence[Wanted], outcomes: Sequence[Outcome]) -> lis
 
 
 def outcomes_of(frame: Frame, wanted: Sequence[Wanted]) -> list[Outcome]:
-    """The reverse of :func:`outcome_header`.
+    """The reverse of `outcome_header`.
 
     Raises:
         ValueError: It does not answer ``wanted``, name by name: nothing of it may be used.

@@ -39,12 +39,12 @@ class WantedQueue:
     """Thread-safe queue between many callers and the one thread that owns the model, which pulls from it.
 
     Args:
-        max_batch (int): An idle model waits for so many before it begins, but no longer than ``max_wait``. Once it works, it
+        max_batch: An idle model waits for so many before it begins, but no longer than ``max_wait``. Once it works, it
             pulls as many as it has room for.
-        max_wait (float): Seconds that the oldest one waits for company of an idle model. It begins earlier when a batch is
+        max_wait: Seconds that the oldest one waits for company of an idle model. It begins earlier when a batch is
             full, or when every known caller is waiting, so that nothing further can come.
-        max_queue (int): Bound on what nobody waits for (:meth:`enqueue`); what exceeds it, or 96 MiB, is dropped and counted.
-            Callers that wait (:meth:`submit`) bound themselves: each has one request in flight.
+        max_queue: Bound on what nobody waits for (`enqueue`); what exceeds it, or 96 MiB, is dropped and counted.
+            Callers that wait (`submit`) bound themselves: each has one request in flight.
     """
 
     def __init__(self, max_batch: int, max_wait: float, max_queue: int) -> None:
@@ -87,7 +87,7 @@ class WantedQueue:
         return futures
 
     def release(self) -> None:
-        """Tell that the caller of :meth:`submit` does not wait any more (it was served, or it is gone)."""
+        """Tell that the caller of `submit` does not wait any more (it was served, or it is gone)."""
         with self._changed:
             self._blocked -= 1
 
@@ -158,7 +158,7 @@ class WantedQueue:
         return [outcome for wanted in running if not self.complete(wanted, outcome)]
 
     def close(self) -> None:
-        """Make :meth:`wait` return False and :meth:`pull` nothing."""
+        """Make `wait` return False and `pull` nothing."""
         with self._changed:
             self._closed = True
             self._changed.notify()

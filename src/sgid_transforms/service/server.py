@@ -34,7 +34,7 @@ _log = logging.getLogger("sgid_transforms")
 
 
 class Streams(Protocol):
-    """What makes variants: a :class:`Builder`."""
+    """What makes variants: a `Builder`."""
 
     def stream(self, pull: Callable[[int], Sequence[Wanted]]) -> Iterator[list[tuple[Wanted, Outcome]]]: ...
 
@@ -115,9 +115,9 @@ class Server:
     """Accepts clients on a listening socket and lets the builder pull what they want.
 
     Args:
-        listener (socket.socket): A listening stream socket.
-        queue (WantedQueue): Where the wishes of all clients meet.
-        recipe (str, optional): Fingerprint of the recipe whose variants are made here; another one is refused.
+        listener: A listening stream socket.
+        queue: Where the wishes of all clients meet.
+        recipe: Fingerprint of the recipe whose variants are made here; another one is refused.
     """
 
     def __init__(self, listener: socket.socket, queue: WantedQueue, recipe: str | None = None) -> None:
@@ -131,7 +131,7 @@ class Server:
         self._room = Room()
 
     def run(self, factory: BuilderFactory) -> bool:
-        """Load the model in this thread and serve until :meth:`stop`; returns False when it could not be loaded."""
+        """Load the model in this thread and serve until `stop`; returns False when it could not be loaded."""
         threading.Thread(target=self._accept, daemon=True, name="sgid-accept").start()
         try:
             builder = factory()

@@ -65,43 +65,46 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     It takes what torchvision's v2 transforms take: an image, an image with its label, nested samples, a batch. The output has
     the type, size, dtype, device and structure of the input, and what is not replaced comes back as the same object. It
-    holds no weights: the model lives in a service process (:meth:`serve`), or in this one where nothing else is running.
+    holds no weights: the model lives in a service process (`serve`), or in this one where nothing else is running.
 
     Args:
-        model (str): ``"tiny"`` (bundled, ten classes at 32 x 32), a diffusers checkpoint id, or a local folder.
-        recipe (Recipe, optional): Everything that decides a variant's pixels, in place of ``model``: give one of the two.
-        captions (path or CaptionStore): Captions by image, filled by :meth:`prepare`.
-        variants (path or VariantStore): Variants by image; may be shared by any number of processes and machines.
-        p (float, mapping or "balanced"): Probability that an image is replaced: in [0, 1]; or by class name, ``"*"`` standing
+        model: ``"tiny"`` (bundled, ten classes at 32 x 32), a diffusers checkpoint id, or a local folder.
+        recipe: Everything that decides a variant's pixels, in place of ``model``: give one of the two.
+        captions: Captions by image, filled by `prepare`.
+        variants: Variants by image; may be shared by any number of processes and machines.
+        p: Probability that an image is replaced: in [0, 1]; or by class name, ``"*"`` standing
             for all classes that are not named (0 without it); or so that rare classes are replaced more often, such that
             under class-balanced sampling every original is shown equally often. Can be assigned at any time: workers that
             are running follow.
-        variants_per_image (int): How many variants an image has; one is chosen uniformly.
-        on_miss (str): What to do about a variant that does not exist yet: ``"generate"`` and wait for it, ``"queue"`` it and
-            use the original this time (never waits; needs :meth:`serve`), or use the ``"original"``.
-        missing (str): What to do about an image without caption or label that needs one: raise an ``"error"``, use the
+        variants_per_image: How many variants an image has; one is chosen uniformly.
+        on_miss: What to do about a variant that does not exist yet: ``"generate"`` and wait for it, ``"queue"`` it and
+            use the original this time (never waits; needs `serve`), or use the ``"original"``.
+        missing: What to do about an image without caption or label that needs one: raise an ``"error"``, use the
             ``"original"``, or ``"caption"`` it now.
-        on_error (str): What to do when the service or the model fails: ``"raise"``, or use the ``"original"`` and count it.
-        class_names (mapping or sequence of str, optional): Words for coded class names (``{"n02123045": "tabby cat"}``), or
+        on_error: What to do when the service or the model fails: ``"raise"``, or use the ``"original"`` and count it.
+        class_names: Words for coded class names (``{"n02123045": "tabby cat"}``), or
             the name of each class number.
-        key (callable, optional): ``image -> str``, for data sets with ids of their own; the default hashes the pixels.
-        device (str, optional): Where a model in this process runs; CUDA if there is, else the CPU.
-        captioner, scorer (str or object): Models that :meth:`prepare` and ``missing="caption"`` use; ``"auto"``: the bundled
-            ones for ``"tiny"``, else BLIP and CLIP. Also an object with ``caption(images)`` or ``image_text(images, texts)``.
-        generator (callable, optional): ``(recipe, device, **options) -> generate``, where ``generate(requests)`` returns
+        key: ``image -> str``, for data sets with ids of their own; the default hashes the pixels.
+        device: Where a model in this process runs; CUDA if there is, else the CPU.
+        captioner: What writes captions for `prepare` and ``missing="caption"``: ``"auto"`` (the bundled model for ``"tiny"``,
+            else BLIP), the id of a model, or an object with ``caption(images)``.
+        scorer: The CLIP model for similarities: ``"auto"`` (likewise), an id, or an object with ``image_text(images, texts)``.
+        generator: ``(recipe, device, **options) -> generate``, where ``generate(requests)`` returns
             results, in place of the package's generator.
-        timeout (float, optional): Seconds that ``on_miss="generate"`` waits for the service; then it has failed (``on_error``).
+        timeout: Seconds that ``on_miss="generate"`` waits for the service; then it has failed (``on_error``).
             By default it waits as long as the service shows life, and says so when nothing was made for 30 s.
 
-    .. note::
+    Note:
         Floats must be in [0, 1]: after ``Normalize`` the pixels no longer say which image it is. Boxes, masks, key points
         and videos are refused: they would no longer fit.
 
-    Example::
-
-        sgid = SGIDAugment(model="tiny", captions="captions.sqlite", variants="variants", p=0.5)
-        sgid.prepare(ImageFolder("train"))
-        transform = v2.Compose([sgid, v2.RandAugment(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    Examples:
+        >>> sgid = SGIDAugment(model="tiny", captions="captions.sqlite", variants="variants", p=0.5)
+        >>> report = sgid.prepare(ImageFolder("train"), progress=False)
+        >>> transform = v2.Compose([sgid, v2.RandAugment(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+        >>> image, label = ImageFolder("train", transform)[0]
+        >>> image.shape, sgid.stats().seen
+        (torch.Size([3, 32, 32]), 1)
     """
 
     _transformed_types: ClassVar[tuple[Any, ...]] = (is_image,)
@@ -260,7 +263,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         progress: bool = True,
         timeout: float | None = None,
     ) -> PrepareReport:
-        """Write captions and similarities of all images of a data set into the caption store; see :func:`prepare`."""
+        """Write captions and similarities of all images of a data set into the caption store; see `prepare`."""
         report = prepare(
             dataset,
             self.captions,
@@ -299,14 +302,14 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         Ranks of one distributed job on this machine share the process of the first one that calls this.
 
         Args:
-            device (str, optional): Where the model runs.
-            max_batch (int): How many variants an idle model waits for, at most, before it begins; a working one takes as many
+            device: Where the model runs.
+            max_batch: How many variants an idle model waits for, at most, before it begins; a working one takes as many
                 as it has room for.
-            max_wait (float): Seconds that the first variant waits for others.
-            max_queue (int): Most variants that ``on_miss="queue"`` lets wait; further ones are dropped and counted.
-            rendezvous (path, optional): A file by which processes agree to share one service, where they are not ranks of
+            max_wait: Seconds that the first variant waits for others.
+            max_queue: Most variants that ``on_miss="queue"`` lets wait; further ones are dropped and counted.
+            rendezvous: A file by which processes agree to share one service, where they are not ranks of
                 one job.
-            timeout (float, optional): Seconds until the service must be ready; by default it may load for as long as it takes.
+            timeout: Seconds until the service must be ready; by default it may load for as long as it takes.
             **options: For the generator: ``dtype``, ``batch_size``, ``compile``...
 
         Raises:

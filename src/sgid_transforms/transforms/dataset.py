@@ -11,7 +11,7 @@ from sgid_transforms.transforms.augment import SGIDAugment
 
 
 class SGIDDataset(Dataset[Any]):
-    """A data set whose images pass through :class:`SGIDAugment` and then through ``transform``.
+    """A data set whose images pass through `SGIDAugment` and then through ``transform``.
 
     The same as the two in a ``Compose``, but a ``DataLoader`` worker asks the service for all missing variants of its batch
     in one request, so that the service can fill its batches: one request per image would limit them to one per worker.
@@ -19,14 +19,17 @@ class SGIDDataset(Dataset[Any]):
     Args:
         dataset: Map-style; its items are an image, or a tuple or dict with an image and a label. What its own ``transform``
             does comes first, and so must not be random.
-        sgid (SGIDAugment): The augmentation.
-        transform (callable, optional): Applied to the image afterwards: the random crops and flips, ``RandAugment`` ...
-        target_transform (callable, optional): Applied to the label: the second element of a tuple, or the label of a dict.
+        sgid: The augmentation.
+        transform: Applied to the image afterwards: the random crops and flips, ``RandAugment`` ...
+        target_transform: Applied to the label: the second element of a tuple, or the label of a dict.
 
-    Example::
-
-        train = SGIDDataset(ImageFolder("train"), sgid, transform=v2.Compose([v2.RandAugment(), v2.ToImage()]))
-        loader = DataLoader(train, batch_size=64, num_workers=4, shuffle=True)
+    Examples:
+        >>> sgid = SGIDAugment(captions="captions.sqlite", variants="variants", p=0.5)
+        >>> report = sgid.prepare(ImageFolder("train"), progress=False)
+        >>> train = SGIDDataset(ImageFolder("train"), sgid, transform=v2.Compose([v2.RandAugment(), v2.ToImage()]))
+        >>> images, labels = next(iter(DataLoader(train, batch_size=4)))
+        >>> images.shape
+        torch.Size([4, 3, 32, 32])
     """
 
     def __init__(

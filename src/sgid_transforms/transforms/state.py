@@ -109,9 +109,9 @@ class SharedState:
     shares both with its origin.
 
     Args:
-        names (sequence of str): The counters.
-        settings (mapping): JSON-able live settings.
-        origin (SharedState, optional): The state that this one was copied from.
+        names: The counters.
+        settings: JSON-able live settings.
+        origin: The state that this one was copied from.
     """
 
     _seen_version: int

@@ -17,9 +17,9 @@ class VariantSupply:
     """Asks the service for variants, or makes them here; belongs to one process, and loads nothing before it must.
 
     Args:
-        spec (BuilderSpec): How a model in this process is set up.
-        state (SharedState): Its setting ``address`` says where the service is, if there is one.
-        timeout (float, optional): Seconds that :meth:`wait_for` waits for the service at most.
+        spec: How a model in this process is set up.
+        state: Its setting ``address`` says where the service is, if there is one.
+        timeout: Seconds that `wait_for` waits for the service at most.
     """
 
     def __init__(self, spec: BuilderSpec, state: SharedState, timeout: float | None = None) -> None:

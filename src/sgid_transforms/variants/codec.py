@@ -85,7 +85,7 @@ def decode(data: bytes | memoryview) -> Pixels:
 
 
 def decode_pil(data: bytes | memoryview) -> Image.Image:
-    """As :func:`decode`, to an RGB PIL image."""
+    """As `decode`, to an RGB PIL image."""
     stored = _unpack_stored_png(data)
     if stored is None:
         return _decode_with_pillow(data)

@@ -32,6 +32,10 @@ class Provenance:
         caption: The caption behind the prompt.
         versions: Package name -> version.
         extra: Anything else that JSON can hold.
+
+    Examples:
+        >>> Provenance.from_json(Provenance("a photo of a cat", seed=1).to_json()).seed
+        1
     """
 
     prompt: str

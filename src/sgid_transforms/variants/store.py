@@ -117,6 +117,14 @@ class VariantStore:
     Raises:
         StoreError: From every method that gets a fingerprint, key or variant number that no store can hold, or comes upon a
             store of a newer version.
+
+    Examples:
+        >>> store, recipe = VariantStore("own"), Recipe(model="tiny")
+        >>> image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        >>> store.put(recipe, "0f" * 16, 0, image, Provenance("a photo of a cat"))
+        True
+        >>> torch.equal(store.get_image(recipe, "0f" * 16, 0), image), store.get_image(recipe, "0f" * 16, 1)
+        (True, None)
     """
 
     def __init__(self, root: str | os.PathLike[str], *, readonly: bool = False, fsync: bool = True) -> None:
@@ -151,13 +159,13 @@ class VariantStore:
     def get_image(self, recipe: HasFingerprint | str, key: str, variant: int) -> torch.Tensor | None:
         """The pixels of a variant, or ``None``: uint8 (3, H, W), RGB, in channels-last memory, as decoders make it.
 
-        This and :meth:`get_pil` are the hot path of a training: one file is opened, its digest checked, its image decoded.
+        This and `get_pil` are the hot path of a training: one file is opened, its digest checked, its image decoded.
         """
         found = self._find(recipe, key, variant, codec.decode)
         return None if found is None else _tensor(found[0])
 
     def get_pil(self, recipe: HasFingerprint | str, key: str, variant: int) -> Image.Image | None:
-        """The pixels of a variant as an RGB PIL image, or ``None``; cheaper than to convert :meth:`get_image`'s tensor."""
+        """The pixels of a variant as an RGB PIL image, or ``None``; cheaper than to convert `get_image`'s tensor."""
         found = self._find(recipe, key, variant, codec.decode_pil)
         return None if found is None else found[0]
 
@@ -180,7 +188,7 @@ class VariantStore:
         return any(os.path.lexists(self._folder.path(stem + extension)) for extension in extensions)
 
     def failure(self, recipe: HasFingerprint | str, key: str, variant: int) -> tuple[str, ...] | None:
-        """The reasons why this variant could not be made, as :meth:`put_failure` left them, or ``None``."""
+        """The reasons why this variant could not be made, as `put_failure` left them, or ``None``."""
         stem, extensions = self._place(recipe, key, variant)
         if not extensions:
             return None
@@ -223,7 +231,7 @@ class VariantStore:
             ``False`` if a failure of this variant was remembered already.
 
         Raises:
-            StoreError: As :meth:`put`.
+            StoreError: As `put`.
         """
         stem, _ = self._place(recipe, key, variant)
         self._folder.prepare_to_write()
@@ -233,7 +241,7 @@ class VariantStore:
         """Remove some variants or failures; returns how many files.
 
         Args:
-            refs: Those to remove, as :meth:`iter` and :meth:`iter_failures` yield them.
+            refs: Those to remove, as `iter` and `iter_failures` yield them.
 
         Raises:
             StoreError: A ref whose path is not such a file's, or this store cannot be written.
@@ -265,7 +273,7 @@ class VariantStore:
         return (ref for ref, is_failure in self._refs(recipe) if not is_failure)
 
     def iter_failures(self, recipe: HasFingerprint | str | None = None) -> Iterator[VariantRef]:
-        """All remembered failures of one recipe, or of all, in no particular order; :meth:`failure` has their reasons."""
+        """All remembered failures of one recipe, or of all, in no particular order; `failure` has their reasons."""
         return (ref for ref, is_failure in self._refs(recipe) if is_failure)
 
     def stats(self) -> StoreStats:
