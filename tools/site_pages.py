@@ -19,7 +19,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     depth = page.file.src_uri.count("/")
-    return LINK.sub(lambda link: f"]({'../' * depth}files/{link[1]}{'' if link[1].endswith('.md') else '.md'}{link[2] or ''})", markdown)
+    return LINK.sub(
+        lambda link: f"]({'../' * depth}files/{link[1]}{'' if link[1].endswith('.md') else '.md'}{link[2] or ''})", markdown
+    )
 
 
 def _linked(markdown: str) -> set[str]:

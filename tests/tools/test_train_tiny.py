@@ -310,5 +310,14 @@ def test_every_stage_runs_and_the_bundle_it_makes_is_measured(tmp_path, monkeypa
     assert old.items() <= new.items()  # the words of places are made one token each
     captioner = "captioner_tokenizer/vocab.txt"
     assert (again / captioner).read_text().split() == (work / captioner).read_text().split()
+    # A UNet in the middle of its training moves by a file, with its longer vocabulary.
+    run("resume_from_bundle", "--work", again, "--keep", tmp_path / "next.safetensors")
+    moved = tmp_path / "moved"
+    run("resume_from_bundle", "--bundle", bundle, "--work", moved, "--unet", tmp_path / "next.safetensors")
+    for module in ("unet", "text_encoder"):
+        old, new = averaged(again, "unet")[module], averaged(moved, "unet")[module]
+        assert old.keys() == new.keys()
+        for key, value in old.items():
+            torch.testing.assert_close(new[key].to(value.dtype), value, rtol=1e-3, atol=1e-6)
     run("clip", "--data", data, "--work", again, "--steps", 1, "--batch-size", 10)
     assert torch.load(again / "clip.pt", weights_only=True)["step"] == 1

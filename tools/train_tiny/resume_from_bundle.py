@@ -2,6 +2,9 @@
 
 The optimizer's state is not part of a bundle: it starts anew, under the schedule's warm-up. The judge's weights come from
 ``judge.safetensors`` beside this file. A checkpoint that exists already is left alone.
+
+``--keep FILE`` writes the UNet's averaged weights to a file, in half precision, and ``--unet FILE`` takes them in place of the
+bundle's, so that training can go on on another machine before there is a new bundle.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import captioner as captioner_stage
 from tokenizer import extend
 from words import PLACES
 
 HERE = Path(__file__).parent
+PARTS = ("unet", "text_encoder")
 BUNDLE = HERE.parents[1] / "src" / "sgid_transforms" / "assets" / "tiny"
 
 
@@ -31,11 +35,27 @@ def checkpoint(path: Path, modules: dict[str, dict[str, torch.Tensor]]) -> None:
     print(f"{path}: written")
 
 
+def keep(work: Path, path: Path) -> None:
+    state = torch.load(work / "unet.pt", weights_only=True)
+    tensors = {f"{part}/{key}": value for part in PARTS for key, value in state["ema"][part].items()}
+    save_file(
+        {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in tensors.items()},
+        path,
+        {"steps": str(state["step"])},
+    )
+    print(f"{path}: written, at step {state['step']}")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--bundle", type=Path, default=BUNDLE)
     p.add_argument("--work", required=True, type=Path, help="folder for the checkpoints")
+    p.add_argument("--unet", type=Path, help="take these weights of the UNet and its text encoder")
+    p.add_argument("--keep", type=Path, help="write those of the UNet's checkpoint to this file, and do nothing else")
     args = p.parse_args()
+    if args.keep:
+        keep(args.work, args.keep)
+        return
     work, pipeline = args.work, args.bundle / "pipeline"
     (work / "tokenizer").mkdir(parents=True, exist_ok=True)
     model = json.loads((pipeline / "tokenizer" / "tokenizer.json").read_text())["model"]
@@ -49,11 +69,15 @@ def main() -> None:
     (work / "latent_scale.txt").write_text(repr(scale))
 
     checkpoint(work / "vae.pt", {"vae": load_file(pipeline / "vae" / "diffusion_pytorch_model.safetensors")})
-    unet = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
-    text = load_file(pipeline / "text_encoder" / "model.safetensors")
+    if args.unet:
+        both = load_file(args.unet)
+        unet, text = ({key.partition("/")[2]: both[key] for key in both if key.startswith(name)} for name in PARTS)
+    else:
+        unet = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+        text = load_file(pipeline / "text_encoder" / "model.safetensors")
     clip = load_file(args.bundle / "clip" / "model.safetensors")
     if added := extend(work / "tokenizer", PLACES):  # words that came later than the bundle, yet to be learnt
-        for state in (text, clip):
+        for state in (clip,) if args.unet else (text, clip):
             name = next(key for key in state if key.endswith("token_embedding.weight"))
             weight = state[name].float()
             state[name] = torch.cat([weight, weight.mean(0, keepdim=True).expand(added, -1)])
