@@ -1,6 +1,7 @@
 """What the commands do and print, with fake models."""
 
 import errno
+import inspect
 import json
 import os
 import sqlite3
@@ -12,6 +13,8 @@ import pytest
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.cli.output import bar, duration, size, tiny_note
+from sgid_transforms.cli.preview import preview
+from sgid_transforms.recipe.presets import PRESETS
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
@@ -320,3 +323,11 @@ def test_a_bug_keeps_its_traceback(fake_sgid, monkeypatch, tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_previewed_at_the_default_strengths(name):
+    """The first of them once ran no step of four, so that the documented command failed."""
+    default = inspect.signature(preview).parameters["strengths"].default
+    for strength in map(float, default.split(",")):
+        Recipe.preset(name).replace(strength=strength)

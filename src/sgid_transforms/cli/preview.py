@@ -15,7 +15,7 @@ def preview(
     caption: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What it shows; by default, the captioner writes it.")
     ] = None,
-    strengths: Annotated[str, typer.Option(metavar="LIST", help="Columns of the sheet.")] = "0.2,0.4,0.6,0.8",
+    strengths: Annotated[str, typer.Option(metavar="LIST", help="Columns of the sheet.")] = "0.25,0.5,0.75,1",
     guidances: Annotated[str | None, typer.Option(metavar="LIST", help="Rows; by default around the recipe's.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the sheet goes.")] = Path("preview.png"),
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all variants.")] = 0,
