@@ -24,8 +24,9 @@ import pytest
 import torch
 
 from service_fakes import batches, fake_factory, refusing_factory, wish
+from sgid_transforms import CaptionRecord, CaptionStore, SGIDAugment, image_key
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
-from sgid_transforms.errors import ModelLoadError, ServiceError
+from sgid_transforms.errors import GenerationError, ModelLoadError, ServiceError
 from sgid_transforms.files import try_lock
 from sgid_transforms.service import GenerationService, ServiceClient
 from sgid_transforms.service.process import job_rendezvous
@@ -338,13 +339,13 @@ def test_memory_is_bounded_for_all_clients_together(monkeypatch: pytest.MonkeyPa
                 one.result().close()
 
 
-def test_the_largest_pictures_wait_for_each_other_and_not_in_the_way_of_others() -> None:
+def test_clients_that_announce_the_largest_pictures_and_send_nothing_hold_up_others_for_seconds_only() -> None:
     with GenerationService(fake_factory()) as service:
-        silent = [_send(service.client.address, "generate", (8192, 8192), bytes(1 << 20)) for _ in range(2)]
+        silent = [_send(service.client.address, "generate", (5000, 5000), bytes(1 << 20)) for _ in range(2)]
         assert _value(ServiceClient(service.client.address, timeout=10), "small", 5, 600) == 5
         for one in silent:
             one.close()
-        picture = torch.zeros(3, 8192, 8192, dtype=torch.uint8)
+        picture = torch.zeros(3, 5000, 5000, dtype=torch.uint8)
         assert service.client.generate([Wanted("large", 0, picture)])[0].status is Status.STORED
 
 
@@ -362,8 +363,8 @@ def test_room_waited_for_longer_than_patience_is_no_reason_to_give_up(tmp_path: 
     with GenerationService(fake_factory(tmp_path)) as service:
         client = ServiceClient(service.client.address, patience=4)
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(client.generate, [wish("slow", 1, size=5800)])
-            second = pool.submit(client.generate, [wish("late", 2, size=5800)])
+            first = pool.submit(client.generate, [wish("slow", 1, size=5000)])
+            second = pool.submit(client.generate, [wish("late", 2, size=5000)])
             with pytest.raises(TimeoutError):
                 second.result(6)
             (tmp_path / "release").touch()
@@ -519,6 +520,8 @@ def test_start_and_stop_leak_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
+        with GenerationService(fake_factory()) as service:  # the thread that starts services stays for the next ones
+            pids.append(service.pid)
         before = resources()
         for _ in range(cycles):
             with GenerationService(fake_factory()) as service:
@@ -527,8 +530,27 @@ def test_start_and_stop_leak_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
                 service.client.generate([wish("a")])
         assert resources() == before
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert len(pids) == cycles
+    assert len(pids) == cycles + 1
 
 
 def _children() -> set[str]:
     return set(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+
+@pytest.mark.parametrize("on_miss", ["generate", "queue"])
+def test_a_picture_too_large_for_the_service_is_refused_in_a_sentence_and_fails_alone(tmp_path, monkeypatch, on_miss):
+    monkeypatch.setattr("sgid_transforms.service.client.PICTURE_BYTES", 3 * 40 * 40)
+    captions = CaptionStore(tmp_path / "c.sqlite")
+    pictures = [torch.full((3, side, 40), 9, dtype=torch.uint8) for side in (40, 41)]
+    for picture in pictures:
+        captions.put(CaptionRecord(image_key(picture), "a caption", label="cat"))
+    sgid = SGIDAugment(captions=captions, variants=tmp_path / "v", p=1.0, on_miss=on_miss)
+    with sgid.serve(device="cpu"):
+        with pytest.raises(
+            GenerationError, match="a picture of 40 x 41 pixels is too large for the generation service, which takes 1,600"
+        ):
+            sgid.augment(pictures, ["cat", "cat"])
+        _until(lambda: len(list((tmp_path / "v").rglob("*.png"))) == 1)  # the other one is made
+        sgid.on_error = "original"
+        assert torch.equal(sgid(pictures[1]), pictures[1])
+    assert sgid.stats().failed >= 2

@@ -191,9 +191,8 @@ class Builder:
 
         stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
         for results in stream(source):
-            for request, result in results:
-                one, record, key = asked.pop(request)
-                done.append((one, self._finish(one, request, record, key, result)))
+            done += [self._finish(*asked.pop(request), request, result) for request, result in results]
+            del results  # their pixels would stay until there are new ones
             yield done
             done = []
         if done:
@@ -255,9 +254,14 @@ class Builder:
         )
 
     def _finish(
-        self, one: Wanted, request: GenerationRequest, record: CaptionRecord, key: str, result: GenerationResult
-    ) -> Outcome:
+        self, one: Wanted, record: CaptionRecord, key: str, request: GenerationRequest, result: GenerationResult
+    ) -> tuple[Wanted, Outcome]:
         """Store what was made, or remember that nothing can be."""
+        return one, self._stored(one, record, key, request, result)
+
+    def _stored(
+        self, one: Wanted, record: CaptionRecord, key: str, request: GenerationRequest, result: GenerationResult
+    ) -> Outcome:
         made = result.image
         if made is None and result.failed:
             return Outcome(Status.FAILED, result.reason or "no image", made=True)

@@ -214,10 +214,7 @@ class NativeEngine:
                     one.passed_over = 0 if one is shelf else one.passed_over + 1
                 answers += self._with_grad_off(self._advance, shelf)
             for shelf in shelves.values():
-                while len(shelf.finished) >= self.batch_size or (shelf.finished and not shelf.pool):
-                    group, shelf.finished = shelf.finished[: self.batch_size], shelf.finished[self.batch_size :]
-                    images = self._with_grad_off(run_isolated, self._decode, group, self._decode_limit)
-                    answers += [(sample.request, image) for sample, image in zip(group, images, strict=True)]
+                answers += self._decoded(shelf)
             if answers:
                 yield answers
             elif not working:
@@ -337,17 +334,26 @@ class NativeEngine:
             sample.encoded = None
         return list(noised)
 
+    def _decoded(self, shelf: _Shelf) -> Answers:
+        """What is finished and fills a batch, or has nothing left to wait for."""
+        answers: Answers = []
+        while len(shelf.finished) >= self.batch_size or (shelf.finished and not shelf.pool):
+            group, shelf.finished = shelf.finished[: self.batch_size], shelf.finished[self.batch_size :]
+            images = self._with_grad_off(run_isolated, self._decode, group, self._decode_limit)
+            answers += [(sample.request, image) for sample, image in zip(group, images, strict=True)]
+        return answers
+
     def _decode(self, group: list[Sample]) -> list[Tensor | Exception]:
         images = self._codec.decode(torch.stack([s.latents for s in group if s.latents is not None]))
         finite = images.isfinite().flatten(1).all(1).tolist()
         images = images.nan_to_num().clamp(0, 1)
         if all(s.request.image.shape[-2:] == images.shape[-2:] for s in group):  # one transfer for the whole batch
-            ready = list(to_uint8(images).cpu())
+            # copied, since an entry is a view, and would keep (and pickle) its whole batch
+            ready = [image.clone(memory_format=torch.contiguous_format) for image in to_uint8(images).cpu()]
         else:
             own = [(s.request.image.shape[-2], s.request.image.shape[-1]) for s in group]
-            ready = [resized_uint8(image, size).cpu() for image, size in zip(images, own, strict=True)]
-        # copied, since an entry is a view, and would keep (and pickle) its whole batch
+            ready = [resized_uint8(image, size) for image, size in zip(images, own, strict=True)]
         return [
-            image.clone(memory_format=torch.contiguous_format) if good else RejectedImageError.not_finite(s.request)
+            image if good else RejectedImageError.not_finite(s.request)
             for s, image, good in zip(group, ready, finite, strict=True)
         ]

@@ -252,6 +252,7 @@ class Generator:
         while True:
             for answers in self.engine.stream(source):
                 done += self._judge(answers, in_work, again)
+                del answers  # their pixels would stay until there are new ones
                 if done:
                     yield done
                     done = []

@@ -29,6 +29,7 @@ _NATIVE_OPTIONS: dict[str, dict[str, Any]] = {
 
 _TEXT_PARTS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "prior_tokenizer": "prior_text_encoder"}
 _MAX_ASPECT = 4.0  # beyond it, models that know only near-square images repeat themselves
+_BLOCK = 1 << 20  # values that are floats at one time while a photo changes its size
 
 UNLIMITED = 10**6  # a tokenizer without a limit has a model_max_length of 10**30
 
@@ -173,25 +174,38 @@ def working_size(height: int, width: int, resolution: int | tuple[int, int], mul
     return rows, columns
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Float images ``(B, 3, H, W)`` in [0, 1] at another size (antialiased bicubic, clipped); the same object at its own."""
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
-
-
 def resized_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A uint8 image ``(3, H, W)`` as floats ``(1, 3, h, w)`` in [0, 1], plane by plane: as floats, a photo takes a gigabyte."""
+    """A uint8 image ``(3, H, W)`` as floats ``(1, 3, h, w)`` in [0, 1], by antialiased bicubic interpolation.
+
+    As floats, a photo takes a gigabyte: its rows become narrower in blocks, which gives the same numbers.
+    """
+    height, width = size
     if tuple(image.shape[-2:]) == size:
         return image[None].float().div_(255)
-    return torch.cat([resize(plane[None, None].float().div_(255), size) for plane in image], dim=1)
+    rows = max(_BLOCK // (3 * image.shape[2]), 1)
+    narrow = image.new_empty(1, 3, image.shape[1], width, dtype=torch.float32)
+    block = image.new_empty(1, 3, rows, image.shape[2], dtype=torch.float32)  # one, as the C library would not reuse them
+    for source, target in zip(torch.split(image, rows, 1), torch.split(narrow, rows, 2), strict=True):
+        floats = block[:, :, : source.shape[1]]
+        target.copy_(_interpolate(floats.copy_(source).div_(255), (source.shape[1], width)))
+    return _interpolate(narrow, (height, width)).clamp_(0, 1)
 
 
 def resized_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A float image ``(3, h, w)`` in [0, 1] as uint8 ``(3, H, W)``, plane by plane as well."""
+    """A float image ``(3, h, w)`` in [0, 1] as uint8 ``(3, H, W)`` on the CPU; it grows in blocks of columns as well."""
+    height, width = size
     if tuple(image.shape[-2:]) == size:
-        return to_uint8(image)
-    return torch.cat([to_uint8(resize(plane[None, None], size))[0] for plane in image])
+        return to_uint8(image).cpu().contiguous()
+    wide = _interpolate(image[None], (image.shape[1], width))
+    whole = torch.empty(3, height, width, dtype=torch.uint8)
+    columns = max(_BLOCK // (3 * height), 1)
+    for source, target in zip(torch.split(wide, columns, 3), torch.split(whole, columns, 2), strict=True):
+        target.copy_(_interpolate(source, (height, source.shape[3]))[0].mul_(255).round_().clamp_(0, 255))
+    return whole
+
+
+def _interpolate(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -9,10 +9,19 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sgid_transforms.building.wanted import Outcome, Wanted
+from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.errors import ServiceError
 from sgid_transforms.files import Waiting
-from sgid_transforms.service.protocol import FRAME_BYTES, FRAME_ITEMS, Frame, outcomes_of, recv_frame, send_frame, wanted_header
+from sgid_transforms.service.protocol import (
+    FRAME_BYTES,
+    FRAME_ITEMS,
+    PICTURE_BYTES,
+    Frame,
+    outcomes_of,
+    recv_frame,
+    send_frame,
+    wanted_header,
+)
 
 _FULL_PAUSE = 0.1  # seconds without asking after the background queue was found full
 
@@ -170,20 +179,28 @@ class ServiceClient:
         Raises:
             ServiceError: The service is not there, died while it worked, took too long, or answered another question.
         """
-        outcomes: list[Outcome] = []
-        waiting = Waiting(f"{len(wanted)} variants from the generation service at {self.address}", self.timeout)
-        for part in _frames(wanted):
+        outcomes: dict[int, Outcome] = {}
+        fitting = {}
+        for position, one in enumerate(wanted):
+            if reason := too_large(one):
+                outcomes[position] = Outcome(Status.FAILED, reason, made=True)
+            else:
+                fitting[position] = one
+        waiting = Waiting(f"{len(fitting)} variants from the generation service at {self.address}", self.timeout)
+        made: list[Outcome] = []
+        for part in _frames(list(fitting.values())):
             number = next(self._numbers)
             images = [one.image for one in part]
             frame = self._ask(waiting, "generate", images, items=wanted_header(part), number=number, recipe=self.recipe)
             try:
                 if frame.op != "outcomes" or frame.header.get("number") != number:
                     raise ValueError("the service answered another question than the one that was asked")
-                outcomes += outcomes_of(frame, part)
+                made += outcomes_of(frame, part)
             except (ValueError, KeyError) as error:
                 self.close()
                 raise self._lost(error) from error
-        return outcomes
+        outcomes |= zip(fitting, made, strict=True)
+        return [outcomes[position] for position in range(len(wanted))]
 
     def enqueue(self, wanted: Sequence[Wanted]) -> int:
         """Ask for variants without waiting for them; returns how many are known to be dropped since the last call.
@@ -269,6 +286,17 @@ class ServiceClient:
             f"the generation service at {self.address} is gone ({type(error).__name__}: {error}); "
             "start it again with `sgid.serve(...)`, or pass on_error='original' to train on without it"
         )
+
+
+def too_large(one: Wanted) -> str | None:
+    """Why a service cannot take this picture, if so."""
+    height, width = one.image.shape[1:]
+    if 3 * height * width <= PICTURE_BYTES:
+        return None
+    return (
+        f"a picture of {width} x {height} pixels is too large for the generation service, which takes {PICTURE_BYTES // 3:,}; "
+        "scale it down before SGIDAugment, or make its variants beforehand with `sgid generate`"
+    )
 
 
 def _frames(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:

@@ -17,7 +17,9 @@ _PREFIX = struct.Struct(">4sIQ")  # magic, bytes of JSON, bytes of pixels
 _MAGIC = b"SGI3"
 _MAX_HEADER = 1 << 20
 _SMALL = 1 << 16
-_MAX_PIXELS = 3 << 26  # bytes of the largest image that is read at all (importing its limit would import PyTorch)
+
+PICTURE_BYTES = 72 << 20
+"""Bytes of the largest picture that a service takes, of 25 megapixels; while it is in work, it takes four times as much."""
 
 FRAME_BYTES = 1 << 24
 """Bytes of the pixels of one frame, unless a single image has more: a client sends further ones in frames of their own."""
@@ -59,7 +61,7 @@ def send_frame(
     payloads = [image.detach().cpu().contiguous().numpy().data.cast("B") for image in images]
     text = json.dumps({**header, "op": op}, separators=(",", ":")).encode()
     size = sum(map(len, payloads))
-    if len(text) > _MAX_HEADER or size > _MAX_PIXELS:
+    if len(text) > _MAX_HEADER or size > PICTURE_BYTES:
         raise ValueError(f"a frame of {len(text)} + {size} bytes is too large; ask for fewer or smaller images at a time")
     sock.sendall(_PREFIX.pack(_MAGIC, len(text), size) + text)
     if size:
@@ -81,7 +83,7 @@ def recv_frame(sock: socket.socket, admit: Callable[[int], object] = lambda size
         OSError: The connection broke, or nothing came within the socket's timeout (``TimeoutError``).
     """
     magic, text_size, size = _PREFIX.unpack(_recv_exactly(sock, _PREFIX.size))
-    if magic != _MAGIC or text_size > _MAX_HEADER or size > _MAX_PIXELS:
+    if magic != _MAGIC or text_size > _MAX_HEADER or size > PICTURE_BYTES:
         raise ValueError("the peer does not speak this protocol (is it another version of sgid_transforms?)")
     try:
         header = json.loads(bytes(_recv_exactly(sock, text_size)))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
+from sgid_transforms.service.protocol import PICTURE_BYTES
 
-_MAX_BACKGROUND = 96 << 20  # bytes of the images that nobody waits for
+_MAX_BACKGROUND = PICTURE_BYTES  # of the images that nobody waits for, with those that are in work
 
 
 class _Waiting(NamedTuple):
@@ -43,7 +44,7 @@ class WantedQueue:
             pulls as many as it has room for.
         max_wait: Seconds that the oldest one waits for company of an idle model. It begins earlier when a batch is
             full, or when every known caller is waiting, so that nothing further can come.
-        max_queue: Bound on what nobody waits for (`enqueue`); what exceeds it, or 96 MiB, is dropped and counted.
+        max_queue: Bound on what nobody waits for (`enqueue`); what exceeds it, or 72 MiB, is dropped and counted.
             Callers that wait (`submit`) bound themselves: each has one request in flight.
     """
 
@@ -95,7 +96,8 @@ class WantedQueue:
         """Ask for variants that nobody waits for; returns how many were taken (or were on their way already)."""
         taken = 0
         with self._changed:
-            size = sum(waiting.wanted.image.numel() for waiting in self._background.values())
+            kept = (*self._background.values(), *self._running.values())
+            size = sum(waiting.wanted.image.numel() for waiting in kept)
             for one in wanted:
                 if one.name in self._running or one.name in self._urgent or one.name in self._background:
                     self.stats.merged += 1

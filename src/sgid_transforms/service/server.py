@@ -19,15 +19,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from sgid_transforms.building.wanted import Outcome, Wanted
-from sgid_transforms.service.protocol import Frame, outcome_header, recv_frame, send_frame, wanted_of
+from sgid_transforms.service.protocol import PICTURE_BYTES, Frame, outcome_header, recv_frame, send_frame, wanted_of
 from sgid_transforms.service.queue import WantedQueue
 
 HEARTBEAT = 1.0  # seconds between two signs of life towards a client that waits
 _FRAME_SECONDS = 60.0  # for a client to send the rest of a frame, or to read an answer
 _PAUSE = 0.05  # seconds before the next try, when there was no descriptor, thread or room for a client
-_ROOM = 96 << 20  # bytes of pixels that all clients share
 _GRACE = 2.0  # seconds, and
-_SLOWEST = 8 << 20  # bytes per second, for pixels to arrive while others wait for room
+_SLOWEST = 32 << 20  # bytes per second, for pixels to arrive while others wait for room
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("sgid_transforms")
@@ -54,16 +53,17 @@ class _Guest:
 class Room:
     """Bounds the pixels that clients have in the service at one time, so that its memory is bounded whatever they send.
 
-    Frames share ``limit`` bytes, from before their pixels are read until they are answered. A larger frame, which holds a
-    single picture, has room while no other such is there. Where somebody waits, a client whose pixels do not come is dropped.
+    Frames share ``limit`` bytes, from before their pixels are read until they are answered, first come, first served. Where
+    somebody waits, a client whose pixels do not come is dropped.
 
     Args:
-        limit: In bytes.
+        limit: In bytes, at least those of the largest frame.
     """
 
-    def __init__(self, limit: int = _ROOM) -> None:
+    def __init__(self, limit: int = PICTURE_BYTES) -> None:
         self._limit = limit
         self._guests: list[_Guest] = []
+        self._line: list[_Guest] = []  # in this order, lest a large frame waits for ever while small ones come and go
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
@@ -76,14 +76,19 @@ class Room:
         guest = _Guest(connection, size, 0.0)
         told = time.monotonic()
         with self._changed:
-            while not self._fits(size):
-                self._drop_stalled()
-                self._changed.wait(_PAUSE)
-                if time.monotonic() > told + HEARTBEAT:
-                    send_frame(connection, "alive")
-                    told = time.monotonic()
-            guest.deadline = time.monotonic() + _GRACE + size / _SLOWEST
-            self._guests.append(guest)
+            self._line.append(guest)
+            try:
+                while self._line[0] is not guest or not self._fits(size):
+                    self._drop_stalled()
+                    self._changed.wait(_PAUSE)
+                    if time.monotonic() > told + HEARTBEAT:
+                        send_frame(connection, "alive")
+                        told = time.monotonic()
+                guest.deadline = time.monotonic() + _GRACE + size / _SLOWEST
+                self._guests.append(guest)
+            finally:
+                self._line.remove(guest)
+                self._changed.notify_all()
         try:
             send_frame(connection, "go")
             yield
@@ -100,9 +105,7 @@ class Room:
                     guest.deadline = math.inf
 
     def _fits(self, size: int) -> bool:
-        is_large = size > self._limit
-        same = [guest.size for guest in self._guests if (guest.size > self._limit) == is_large]
-        return not same or (not is_large and sum(same) + size <= self._limit)
+        return sum(guest.size for guest in self._guests) + size <= self._limit
 
     def _drop_stalled(self) -> None:
         for guest in self._guests:
@@ -144,9 +147,9 @@ class Server:
         while self._queue.wait():
             try:
                 for group in builder.stream(self._queue.pull):
-                    for wanted, outcome in group:
-                        if not self._queue.complete(wanted, outcome):
-                            builder.count(outcome)
+                    for outcome in [outcome for one, outcome in group if not self._queue.complete(one, outcome)]:
+                        builder.count(outcome)
+                    del group  # their pixels would stay until there are new ones
             except Exception as error:
                 _log.error("variants in work failed\n%s", traceback.format_exc())
                 for outcome in self._queue.fail(f"{type(error).__name__}: {error}"):

@@ -9,7 +9,7 @@ import torch
 from sgid_transforms.building.builder import Builder, BuilderSpec
 from sgid_transforms.building.wanted import Outcome, Wanted
 from sgid_transforms.errors import GenerationError, RecipeError, ServiceError
-from sgid_transforms.service.client import ServiceClient
+from sgid_transforms.service.client import ServiceClient, too_large
 from sgid_transforms.transforms.state import SharedState
 
 
@@ -39,14 +39,21 @@ class VariantSupply:
 
         Raises:
             ServiceError: There is no service.
+            GenerationError: A picture is too large for it; the others are on their way.
         """
         client = self._service()
         if client is None:
             raise ServiceError("on_miss='queue' needs a running service; run the loop inside `with sgid.serve():`")
-        dropped = client.enqueue(wanted)
-        self._state.add(queued=len(wanted))
-        if dropped:
-            self._state.add(dropped=dropped)
+        reasons = [too_large(one) for one in wanted]
+        fitting = [one for one, reason in zip(wanted, reasons, strict=True) if reason is None]
+        if fitting:
+            dropped = client.enqueue(fitting)
+            self._state.add(queued=len(fitting))
+            if dropped:
+                self._state.add(dropped=dropped)
+        if problems := [reason for reason in reasons if reason is not None]:
+            self._state.add(failed=len(problems))
+            raise GenerationError(problems[0])
 
     def wait_for(self, wanted: Sequence[Wanted]) -> list[Outcome]:
         """What became of wanted variants, however long they take.

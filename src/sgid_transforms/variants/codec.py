@@ -50,16 +50,17 @@ def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]
         raise StoreError(
             f"a variant of {width} x {height} pixels cannot be stored; at most {MAX_PIXELS:,}, and {MAX_SIDE:,} a side, can"
         )
-    pixels = np.ascontiguousarray(image.detach().permute(1, 2, 0).cpu().numpy())
+    planes = image.detach().cpu().contiguous().numpy()
     kind = image_format
     if kind == "auto":
         kind = "png" if height * width <= _LARGEST_AUTO_PNG else "jpeg"
     if kind not in _EXTENSION:
         raise StoreError(f"image format {kind!r} is unknown; use one of {', '.join(IMAGE_FORMATS)}")
     if kind == "png":
-        return _encode_png(pixels), _EXTENSION[kind]
+        return _encode_png(planes), _EXTENSION[kind]
     buffer = io.BytesIO()
-    picture = Image.fromarray(pixels)
+    # Pillow takes four bytes a pixel: no further copy beside them.
+    picture = Image.merge("RGB", [Image.frombuffer("L", (width, height), plane, "raw", "L", 0, 1) for plane in planes])
     if kind == "webp-lossless":
         picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)
     elif kind == "webp":
@@ -97,11 +98,11 @@ def _chunk(kind: bytes, payload: bytes) -> bytes:
     return _LONG.pack(len(payload)) + kind + payload + _LONG.pack(zlib.crc32(kind + payload))
 
 
-def _encode_png(pixels: Pixels) -> bytes:
+def _encode_png(planes: Pixels) -> bytes:
     """A PNG with filter 0 and stored (level 0) deflate blocks: to read it is to copy it."""
-    height, width, _ = pixels.shape
+    _, height, width = planes.shape
     rows = np.zeros((height, 1 + 3 * width), np.uint8)
-    rows[:, 1:] = pixels.reshape(height, -1)
+    rows[:, 1:].reshape(height, width, 3)[:] = planes.transpose(1, 2, 0)
     header = _chunk(b"IHDR", _TWO_LONGS.pack(width, height) + _PNG_RGB8)
     return _PNG_START[:8] + header + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 0)) + _chunk(b"IEND", b"")
 
