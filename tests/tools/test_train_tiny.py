@@ -313,7 +313,7 @@ def test_every_stage_runs_and_the_bundle_it_makes_is_measured(tmp_path, monkeypa
     # A UNet in the middle of its training moves by a file, with its longer vocabulary.
     run("resume_from_bundle", "--work", again, "--keep", tmp_path / "next.safetensors")
     moved = tmp_path / "moved"
-    run("resume_from_bundle", "--bundle", bundle, "--work", moved, "--unet", tmp_path / "next.safetensors")
+    run("resume_from_bundle", "--bundle", bundle, "--work", moved, "--take", tmp_path / "next.safetensors")
     for module in ("unet", "text_encoder"):
         old, new = averaged(again, "unet")[module], averaged(moved, "unet")[module]
         assert old.keys() == new.keys()

@@ -1,6 +1,7 @@
 """Stage 5: a small BLIP captioner, whose vision tower starts as the trained CLIP's.
 
-It learns to say from pixels alone what the training captions say: the sub-category words and the colours.
+It learns to say from pixels alone what the training captions say, the sub-category and the context, and to go on from a label
+that it is given ("a photo of a cat") with the context alone.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
 import clip as clip_stage
 from clip import normalize
-from common import Combined, Stage, averaged, flip_some, parser, shift_some
+from common import Combined, Stage, averaged, coin, flip_some, parser, shift_some
 from data import CLASSES, load_split
-from words import COLOURS, caption, describe
+from words import COLOURS, PLACES, article, context, describe
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
-MAX_LENGTH = 24
+MAX_LENGTH = 40
 
 
 def vocabulary(lines: list[str]) -> list[str]:
     """Special tokens, then the words of all captions, then letters and their continuations: anything has a spelling."""
     words = sorted(
-        {word for line in lines for word in re.findall(r"[a-z]+|[^\sa-z]", line.lower())} | set(COLOURS) | set(CLASSES)
+        {word for line in lines for word in re.findall(r"[a-z]+|[^\sa-z]", line.lower())}
+        | set(COLOURS)
+        | set(CLASSES)
+        | set(PLACES)
     )
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     return list(dict.fromkeys([*SPECIAL, *words, *letters, *(f"##{c}" for c in letters)]))
@@ -84,26 +88,35 @@ def main() -> None:
     torch.manual_seed(args.seed)
     data = load_split(args.data, "pretrain")
     looks = describe(data.images)
-    captions = [caption(sub, look) for sub, look in zip(data.subnames, looks, strict=True)]
+    # Of each picture and of its mirror image: one word, the side, differs.
+    contexts = [[context(look, mirrored=mirrored) for look in looks] for mirrored in (False, True)]
+    labels = [f"a photo of {article(name)}, " for name in CLASSES]
+    subjects = [f"{article(name)}, " for name in data.subnames]
     args.work.mkdir(parents=True, exist_ok=True)
     folder = args.work / "captioner_tokenizer"
     folder.mkdir(exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary(captions)) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary([*labels, *subjects, *contexts[0]])) + "\n")
     tokenizer = tokenizer_from(folder)
     model = BlipForConditionalGeneration(config(tokenizer))
     start_from_clip(model.vision_model, averaged(args.work, "clip")["clip"])
-    start = tokenizer.convert_tokens_to_ids("[DEC]")
+    start_token = tokenizer.convert_tokens_to_ids("[DEC]")
+    lengths = {label: len(tokenizer(label).input_ids) - 1 for label in labels}
 
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(data), (args.batch_size,), generator=g)
-        pixels = shift_some(flip_some(data.images[index], g), 2, g)
-        batch = tokenizer(
-            [captions[i] for i in index], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-        )
-        batch.input_ids[:, 0] = start  # BLIP's decoder starts with its own token
-        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        mirror, given = coin(args.batch_size, g), coin(args.batch_size, g).tolist()
+        pixels = shift_some(flip_some(data.images[index], mirror), 2, g)
+        pairs = list(zip(index.tolist(), mirror.tolist(), strict=True))
+        starts = [labels[int(data.labels[i])] if prefix else subjects[i] for (i, _), prefix in zip(pairs, given, strict=True)]
+        lines = [start + contexts[mirrored][i] for start, (i, mirrored) in zip(starts, pairs, strict=True)]
+        batch = tokenizer(lines, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        batch.input_ids[:, 0] = start_token  # BLIP's decoder starts with its own token
+        labels_of = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        for row, (start, prefix) in enumerate(zip(starts, given, strict=True)):
+            if prefix:  # what is given is not to be learnt
+                labels_of[row, : lengths[start]] = -100
         out = model(
-            pixel_values=normalize(pixels), input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
+            pixel_values=normalize(pixels), input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels_of
         )
         return out.loss, {}
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import Stage, averaged, flip_some, parser, shift_some
+from common import Stage, averaged, coin, flip_some, parser, shift_some
 from data import load_split
 
 _MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
@@ -86,7 +86,7 @@ def main() -> None:
 
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(data), (args.batch_size,), generator=g)
-        x = shift_some(flip_some(data.images[index], g), 2, g)
+        x = shift_some(flip_some(data.images[index], coin(len(index), g)), 2, g)
         logits = model(normalize(x))
         y = data.labels[index]
         accuracy = (logits.argmax(1) == y).float().mean().item()

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from common import Combined, Stage, flip_some, parser, shift_some
+from common import Combined, Stage, coin, flip_some, parser, shift_some
 from data import CLASSES, load_split
 from tokenizer import MAX_LENGTH, load
 from unet import text_config
-from words import caption, describe
+from words import PARTS, article, context, describe
 
 WIDTH, LAYERS, HEADS, GRID = 128, 6, 4, 8
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -95,7 +95,14 @@ def main() -> None:
         return tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
 
     labels = tokens([f"a photo of a {name}" for name in CLASSES])
-    captions = [caption(sub, look) for sub, look in zip(data.subnames, looks, strict=True)]
+
+    def text_of(index: int, mirrored: bool, draws: list[float]) -> str:
+        """The label, the captioner's subject or both, and a context some of whose parts are left out: what prompts are like."""
+        kept = dict(zip(PARTS, draws[1:], strict=True))
+        said = context(looks[index], mirrored=mirrored, keep=lambda name: kept[name] < 0.8)
+        label, subject = f"a photo of a {CLASSES[int(data.labels[index])]}", article(data.subnames[index])
+        start = label if draws[0] < 0.3 else subject if draws[0] < 0.7 else f"{label}, {subject}"
+        return f"{start}, {said}" if said else start
 
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
         return F.normalize(model.visual_projection(model.vision_model(normalize(pixels)).pooler_output), dim=-1)
@@ -106,12 +113,10 @@ def main() -> None:
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(data), (args.batch_size,), generator=g)
         y = data.labels[index]
-        pixels = shift_some(flip_some(data.images[index], g), 3, g)
-        named = torch.rand(args.batch_size, generator=g) < 0.5
-        lines = [
-            f"a photo of a {CLASSES[int(c)]}, {captions[i]}" if both else captions[i]
-            for i, c, both in zip(index.tolist(), y, named, strict=True)
-        ]
+        mirror = coin(args.batch_size, g)
+        pixels = shift_some(flip_some(data.images[index], mirror), 3, g)
+        drawn = zip(index.tolist(), mirror.tolist(), torch.rand(args.batch_size, 7, generator=g).tolist(), strict=True)
+        lines = [text_of(*one) for one in drawn]
         image = embed_images(pixels)
         text = embed_texts(torch.cat([labels, tokens(lines)]))
         scale = model.logit_scale.exp().clamp(max=100)

@@ -186,9 +186,13 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
-def flip_some(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Mirror half of a batch (B, C, H, W)."""
-    flip = torch.rand(len(images), generator=generator) < 0.5
+def coin(count: int, generator: torch.Generator) -> torch.Tensor:
+    """``count`` fair draws, as booleans."""
+    return torch.rand(count, generator=generator) < 0.5
+
+
+def flip_some(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Mirror those images of a batch (B, C, H, W) for which ``flip`` (B,) holds."""
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 

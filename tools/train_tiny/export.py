@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import (
     BlipForConditionalGeneration,
@@ -50,13 +50,8 @@ def pipeline(work: Path, allow_missing: bool) -> StableDiffusionImg2ImgPipeline:
     unet = load_or_random(UNet2DConditionModel(**unet_stage.UNET_CONFIG), work, "unet", "unet", allow_missing)
     text = CLIPTextModel(unet_stage.text_config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id))
     text = load_or_random(text, work, "unet", "text_encoder", allow_missing)
-    scheduler = DDIMScheduler(
-        trained_betas=[round(beta, 9) for beta in unet_stage.shifted_betas()],
-        prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1,
-        clip_sample=False, set_alpha_to_one=False,
-    )  # fmt: skip
     return StableDiffusionImg2ImgPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=unet_stage.scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
-from common import Stage, flip_some, parser, to_float
+from common import Stage, coin, flip_some, parser, to_float
 from data import load_split
 
 CONFIG = {
@@ -37,7 +37,8 @@ def main() -> None:
     vae = AutoencoderTiny(**CONFIG).to(memory_format=torch.channels_last)
 
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        x = to_float(flip_some(train[torch.randint(len(train), (args.batch_size,), generator=g)], g))
+        images = train[torch.randint(len(train), (args.batch_size,), generator=g)]
+        x = to_float(flip_some(images, coin(args.batch_size, g)))
         latents = vae.encode(x).latents
         std = latents.std()
         noisy = latents + args.noise * std.detach() * torch.randn(latents.shape, generator=g)

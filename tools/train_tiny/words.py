@@ -59,6 +59,10 @@ def _terms(images: np.ndarray) -> np.ndarray:
     return _TABLE[q[..., 0], q[..., 1], q[..., 2]]
 
 
+PARTS = ("object", "background", "halves", "light", "distance", "side")
+"""The parts of a context, in their order."""
+
+
 def describe(images: torch.Tensor) -> list[dict[str, Any]]:
     """Looks of each image of (N, 3, 32, 32) uint8.
 
