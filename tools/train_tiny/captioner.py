@@ -111,12 +111,12 @@ def main() -> None:
         lines = [start + contexts[mirrored][i] for start, (i, mirrored) in zip(starts, pairs, strict=True)]
         batch = tokenizer(lines, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
         batch.input_ids[:, 0] = start_token  # BLIP's decoder starts with its own token
-        labels_of = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        targets = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         for row, (start, prefix) in enumerate(zip(starts, given, strict=True)):
             if prefix:  # what is given is not to be learnt
-                labels_of[row, : lengths[start]] = -100
+                targets[row, : lengths[start]] = -100
         out = model(
-            pixel_values=normalize(pixels), input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels_of
+            pixel_values=normalize(pixels), input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=targets
         )
         return out.loss, {}
 

@@ -191,7 +191,7 @@ class Builder:
 
         stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
         for results in stream(source):
-            done += [self._finish(*asked.pop(request), request, result) for request, result in results]
+            done += [(asked[request][0], self._finish(*asked.pop(request), request, result)) for request, result in results]
             del results  # their pixels would stay until there are new ones
             yield done
             done = []
@@ -255,13 +255,8 @@ class Builder:
 
     def _finish(
         self, one: Wanted, record: CaptionRecord, key: str, request: GenerationRequest, result: GenerationResult
-    ) -> tuple[Wanted, Outcome]:
-        """Store what was made, or remember that nothing can be."""
-        return one, self._stored(one, record, key, request, result)
-
-    def _stored(
-        self, one: Wanted, record: CaptionRecord, key: str, request: GenerationRequest, result: GenerationResult
     ) -> Outcome:
+        """Store what was made, or remember that nothing can be."""
         made = result.image
         if made is None and result.failed:
             return Outcome(Status.FAILED, result.reason or "no image", made=True)

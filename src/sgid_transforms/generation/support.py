@@ -182,7 +182,7 @@ def resized_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     if tuple(image.shape[-2:]) == size:
         return image[None].float().div_(255)
-    rows = max(_BLOCK // (3 * image.shape[2]), 1)
+    rows = min(max(_BLOCK // (3 * image.shape[2]), 1), image.shape[1])
     narrow = image.new_empty(1, 3, image.shape[1], width, dtype=torch.float32)
     block = image.new_empty(1, 3, rows, image.shape[2], dtype=torch.float32)  # one, as the C library would not reuse them
     for source, target in zip(torch.split(image, rows, 1), torch.split(narrow, rows, 2), strict=True):

@@ -102,5 +102,5 @@ def shrunk(image: torch.Tensor) -> torch.Tensor:
     shortest = min(image.shape[1:])
     if shortest <= _SHORTEST_EDGE:
         return image
-    size = [round(side * _SHORTEST_EDGE / shortest) for side in image.shape[1:]]
-    return torch.cat([F.resize(plane[None], size, antialias=True) for plane in image])  # by planes: it copies what it is given
+    small: torch.Tensor = F.resize(image, [round(side * _SHORTEST_EDGE / shortest) for side in image.shape[1:]], antialias=True)
+    return small
