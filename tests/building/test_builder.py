@@ -54,7 +54,7 @@ def _wanted(number: int, variant: int = 0, label: str | None = None) -> Wanted:
 def _stored(stores: tuple[CaptionStore, VariantStore], number: int, variant: int = 0) -> Any:
     record = stores[0].get(image_key(picture(number)))
     assert record is not None
-    return stores[1].get(RECIPE, Address(RECIPE).key(record) or "", variant)
+    return stores[1].get(RECIPE, Address(RECIPE, stores[0]).key(record, variant) or "", variant)
 
 
 def test_what_is_made_is_stored_and_made_once(stores: tuple[CaptionStore, VariantStore]) -> None:

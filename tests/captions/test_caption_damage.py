@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import pytest
 
 from sgid_transforms.captions import CaptionRecord, CaptionStore
-from sgid_transforms.captions.record import COLUMNS, digest_of, from_row, to_row
+from sgid_transforms.captions.record import COLUMNS, FOREIGN, digest_of, from_row, to_row
 from sgid_transforms.errors import StoreError
 
 FULL = CaptionRecord("ab12", "a cat on a mat", "cat", 0.25, 0.5, "blip", "model", "train/cat/1.png", "clip", "a photo of a cat")
@@ -20,6 +20,7 @@ RECORDS = [
 OTHERS = {
     "caption": "a dog on a mat", "label": "dog", "similarity": 0.75, "rank": 0.25, "captioner": "human", "source": "human",
     "path": "train/dog/1.png", "scorer": "other", "prompt": "a photo of a dog",
+    "context": "on a mat", "contradiction": "words",
 }  # fmt: skip
 
 
@@ -148,7 +149,7 @@ class TestOlderStores:
     @pytest.mark.parametrize("version", [1, 2])
     def test_are_read_as_they_are_and_get_digests_when_they_are_written(self, tmp_path, version):
         path = tmp_path / "old.sqlite"
-        columns = COLUMNS if version == 2 else COLUMNS[:8]
+        columns = COLUMNS[: 10 if version == 2 else 8]
         raw = sqlite3.connect(path)
         with raw:
             raw.execute(f"CREATE TABLE captions ({', '.join(columns)}, PRIMARY KEY (key)) WITHOUT ROWID")
@@ -162,6 +163,29 @@ class TestOlderStores:
         assert store.get("ab12") == expected
         damage(store.path, "label = 'dog'")
         assert store.get("ab12") is None
+
+    def test_digests_of_version_3_hold(self, tmp_path):
+        """Nothing that was damaged before the file is upgraded may pass for sound after it."""
+        path = tmp_path / "old.sqlite"
+        columns = COLUMNS[:10]
+        rows = [to_row(replace(FULL, key=key))[:10] for key in ("ab12", "cd34")]
+        raw = sqlite3.connect(path)
+        with raw:
+            raw.execute(f"CREATE TABLE captions ({', '.join(columns)}, digest, PRIMARY KEY (key)) WITHOUT ROWID")
+            raw.execute("CREATE TABLE damaged AS SELECT * FROM captions")
+            mark = f"UPDATE captions SET digest = {FOREIGN} WHERE key = NEW.key"
+            raw.executemany(f"INSERT INTO captions VALUES ({', '.join('?' * 11)})", [(*row, digest_of(row)) for row in rows])
+            raw.execute("UPDATE captions SET label = 'dog' WHERE key = 'cd34'")
+            raw.execute(f"CREATE TRIGGER edited AFTER UPDATE OF label ON captions BEGIN {mark}; END")
+            raw.execute(f"CREATE TRIGGER inserted AFTER INSERT ON captions BEGIN {mark}; END")
+        raw.close()
+        for store in (CaptionStore(path, readonly=True), CaptionStore(path)):
+            assert (store.get("ab12"), store.get("cd34")) == (FULL, None)
+        store.put(replace(FULL, key="cd34", context="on a mat"))
+        assert store.contexts() == [("cd34", "cat", "on a mat")]
+        assert store.verify().ok
+        damage(path, "context = 'on a sofa' WHERE key = 'cd34'")
+        assert store.get("cd34") is None
 
 
 class TestFiles:

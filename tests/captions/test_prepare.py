@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from augment_fakes import CLASSES, FakeCaptioner, FakeScorer, image_folder, picture, pil_picture
+from sgid_transforms.building.address import Address
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ModelLoadError, StoreError
@@ -503,3 +505,83 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
         [sys.executable, "-c", script, str(tmp_path / "captions.sqlite")], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 600, f"{done.stdout} MiB more than for one photo"
+
+
+class LabelCaptioner(FakeCaptioner):
+    """Goes on from labels."""
+
+    def caption(self, images: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> list[str]:
+        dark = ["dark" if image.float().mean() < 128 else "bright" for image in images]
+        return (
+            super().caption(images) if labels is None else [f"{d}, not {label}" for d, label in zip(dark, labels, strict=True)]
+        )
+
+
+class TestModesAndContexts:
+    """``caption_mode``: what the captioner is told; the contexts that others may borrow; and contradictions."""
+
+    def prepared(self, tmp_path: Path, folder: Path, mode: str, captioner: Any = None, **settings: Any) -> SGIDAugment:
+        recipe = Recipe(caption_mode=mode, caption_from="dataset")
+        stores = {"captions": tmp_path / "c.sqlite", "variants": tmp_path / "v"}
+        sgid = SGIDAugment(recipe=recipe, captioner=captioner or LabelCaptioner(), scorer=FakeScorer(), **stores, **settings)
+        sgid.prepare(ImageFolder(folder), progress=False)
+        return sgid
+
+    def test_labels_reach_the_captioner_and_new_ones_are_described_anew(self, tmp_path: Path, folder: Path) -> None:
+        first = self.prepared(tmp_path, folder, "context")
+        assert {record.caption.split()[-1] for record in first.captions} == {"cat", "dog", "frog"}
+        assert {record.captioner for record in first.captions} == {"fake (context)"}
+        renamed = self.prepared(tmp_path, folder, "context", class_names={"cat": "tabby"})
+        assert {record.caption.split()[-1] for record in renamed.captions} == {"tabby", "dog", "frog"}
+
+    def test_another_mode_describes_all_anew_and_its_contexts_travel(self, tmp_path: Path, folder: Path) -> None:
+        free = self.prepared(tmp_path, folder, "free")
+        assert {context for _, _, context in free.captions.contexts()} == {""}, "'brightness 90' is all subject"
+        context = self.prepared(tmp_path, folder, "context")
+        assert {key: text for key, _, text in context.captions.contexts()} == {r.key: r.caption for r in context.captions}
+
+    def test_contexts_stay_when_images_come(self, tmp_path: Path, folder: Path) -> None:
+        before = self.prepared(tmp_path, folder, "context").captions.contexts()
+        pil_picture(77).save(folder / "cat" / "new.png")
+        after = self.prepared(tmp_path, folder, "context")
+        assert after.captions.contexts() == before
+        assert len(after.captions) == len(before) + 1
+
+    def test_a_captioner_without_labels_is_refused(self, tmp_path: Path, folder: Path) -> None:
+        with pytest.raises(
+            TypeError, match=r"^captioner fake has no caption\(images, labels\), so caption_mode='label' cannot work"
+        ):
+            self.prepared(tmp_path, folder, "label", FakeCaptioner())
+
+    def test_an_image_without_a_label_is_left_out(self, tmp_path: Path) -> None:
+        sgid = SGIDAugment(
+            recipe=Recipe(caption_mode="context"),
+            captions=tmp_path / "c.sqlite",
+            captioner=LabelCaptioner(),
+            scorer=FakeScorer(),
+        )
+        report = sgid.prepare([(pil_picture(0), "cat"), (pil_picture(1), None)], progress=False)
+        assert report.failed == ((1, "it has no label, and caption_mode='context' needs one"),)
+        assert report.captioned == 1
+
+    def test_captions_that_contradict_are_counted_and_only_their_context_is_used(self, tmp_path: Path, folder: Path) -> None:
+        class Wrong(FakeCaptioner):
+            def caption(self, images: Sequence[torch.Tensor]) -> list[str]:
+                return ["a cat on a mat"] * len(images)
+
+        sgid = SGIDAugment(captions=tmp_path / "c.sqlite", captioner=Wrong(), scorer=None)
+        report = sgid.prepare(ImageFolder(folder), progress=False)
+        others = [record for record in sgid.captions if record.label != "cat"]
+        assert report.contradictions == len(others) == 8
+        assert {record.contradiction for record in others} == {"words"}
+        address = Address(sgid.recipe, sgid.captions)
+        assert {address.caption(record, 0)[0] for record in sgid.captions} == {"a cat on a mat", "on a mat"}
+
+    def test_the_scorer_doubts_a_caption_that_makes_the_image_less_likely(self, tmp_path: Path, folder: Path) -> None:
+        class Doubts:
+            def image_text(self, images: Sequence[torch.Tensor], texts: Sequence[str]) -> torch.Tensor:
+                return torch.tensor([0.2 if "brightness" in text else 0.3 for text in texts])
+
+        sgid = SGIDAugment(captions=tmp_path / "c.sqlite", captioner=FakeCaptioner(), scorer=Doubts())
+        sgid.prepare(ImageFolder(folder), progress=False)
+        assert {record.contradiction for record in sgid.captions} == {"scorer"}

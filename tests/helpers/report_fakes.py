@@ -59,7 +59,7 @@ def make_stores(
             text = caption.format(label)
             record = CaptionRecord(key, text, label, similarity=0.3, rank=0.5, path=f"{label}/{number}.png")
             captions.put(record)
-            place = Address(recipe).key(record)
+            place = Address(recipe, captions).key(record, 0)
             for variant, strength in enumerate(strengths):
                 origin = Provenance(
                     f"a photo of a {label}, {text}", strength=strength, guidance_scale=4.0, label=label, caption=text

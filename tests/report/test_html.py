@@ -172,7 +172,7 @@ def test_text_that_is_no_text_is_shown_as_far_as_it_can_be(tmp_path):
     captions.remove([key])
     text = "nul \0 bell \a right-to-left \u202e " + "long " * 500
     captions.put(CaptionRecord(key, text, "red" * 200, path="bad\udcff\udc80/\x1b.png"))
-    place = Address(recipe).key(captions.get(key))
+    place = Address(recipe, captions).key(captions.get(key), 0)
     variants.put(recipe, place, 0, near("red", 0, 0.1), Provenance(text, label="red" * 200, caption=text))
     write_report(tmp_path / "report.html", captions, variants, recipe, title="\ud800 title")
     html = read(tmp_path / "report.html")

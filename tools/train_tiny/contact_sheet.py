@@ -54,7 +54,8 @@ def main() -> None:
     recipe = Recipe.for_model("tiny").replace(filters=Filters(max_retries=0))
     generator = Generator.from_recipe(recipe, device="cpu")
     chosen = originals(args.samples, args.rows, args.skip)
-    captions = Describer(recipe.prompt, "tiny", None, "cpu").caption([image for _, image in chosen])
+    describer = Describer(recipe.prompt, "tiny", None, "cpu", mode=recipe.caption_mode)
+    captions = describer.caption([image for _, image in chosen], [label for label, _ in chosen])
     tokens = {"tokenizer": generator.tokenizer, "max_tokens": generator.max_tokens}
     requests = [
         GenerationRequest(

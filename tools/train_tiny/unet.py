@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
@@ -23,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import vae as vae_stage
 from common import Stage, averaged, parser, to_float
-from data import CLASSES, load_split
+from data import CLASSES, Split, load_split
 from tokenizer import MAX_LENGTH, load
 from words import PARTS, article, context, describe
 
@@ -63,8 +64,14 @@ def scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderTiny, images: torch.Tensor, work: Path) -> torch.Tensor:
-    """Latents (2, N, 12, 16, 16) in float16 of uint8 images and of their mirror images, kept in ``work`` for a resumed run."""
+def encode_all(work: Path, images: torch.Tensor) -> torch.Tensor:
+    """Latents (2, N, 12, 16, 16) in float16 of uint8 images and of their mirror images, kept in ``work`` for a resumed run.
+
+    Both mirror images are encoded once: the encoder then costs nothing for the hours that follow.
+    """
+    vae = AutoencoderTiny(**vae_stage.CONFIG)
+    vae.load_state_dict(averaged(work, "vae")["vae"])
+    vae.eval().to(memory_format=torch.channels_last)
     path = work / "latents.safetensors"
     key = hashlib.sha256(vae.encoder.layers[0].weight.numpy().tobytes() + images[:100].numpy().tobytes()).hexdigest()
     if path.exists():
@@ -79,6 +86,40 @@ def encode_all(vae: AutoencoderTiny, images: torch.Tensor, work: Path) -> torch.
     return latents
 
 
+def draw_prompts(
+    data: Split,
+    looks: list[dict[str, Any]],
+    index: torch.Tensor,
+    mirror: torch.Tensor,
+    wrong: float,
+    g: torch.Generator,
+    lender: torch.Tensor | None = None,
+) -> list[str]:
+    """Prompts as users write them, for the images ``index`` (B,), of which ``mirror`` (B,) says whether they are mirrored.
+
+    ``lender`` (B,) names the images whose contexts they have, where these are not their own.
+    """
+    kinds = torch.rand(len(index), generator=g).tolist()
+    draws = torch.rand(len(index), len(PARTS), generator=g).tolist()
+    others = torch.randint(len(data), (len(index),), generator=g).tolist()
+
+    def prompt(own: int, lends: int, mirrored: int, kind: float, other: int, draws: list[float]) -> str:
+        label = f"a photo of a {CLASSES[int(data.labels[own])]}"
+        if kind < 0.25:
+            return "" if kind < 0.1 else label
+        # Each part is left out at times, so that each is listened to on its own, and a short context is as good as a long one.
+        kept = dict(zip(PARTS, draws, strict=True))
+        said = context(looks[lends], mirrored=bool(mirrored), keep=lambda name: kept[name] < 0.75)
+        if kind < 0.35:
+            label = article(data.subnames[own])
+        elif kind < 0.5:  # a captioner errs, and its subject must not outweigh the label
+            label = f"{label}, {article(data.subnames[other if kind < 0.35 + 0.15 * wrong else own])}"
+        return f"{label}, {said}" if said else label
+
+    lenders = (index if lender is None else lender).tolist()
+    return [prompt(*one) for one in zip(index.tolist(), lenders, mirror.tolist(), kinds, others, draws, strict=True)]
+
+
 def main() -> None:
     p = parser(__doc__.splitlines()[0], steps=10000, batch_size=64, lr=7e-4, decay=0.4)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the arithmetic, by autocast")
@@ -90,14 +131,9 @@ def main() -> None:
     data = load_split(args.data, "pretrain")
     looks = describe(data.images)
 
-    vae = AutoencoderTiny(**vae_stage.CONFIG)
-    vae.load_state_dict(averaged(args.work, "vae")["vae"])
-    vae.eval().to(memory_format=torch.channels_last)
-    # Both mirror images are encoded once: the encoder then costs nothing for the hours that follow.
     args.work.mkdir(parents=True, exist_ok=True)
-    latents = encode_all(vae, data.images, args.work)
+    latents = encode_all(args.work, data.images)
     scale = 1 / latents[0].float().std().item()
-    del vae
 
     tokenizer = load(args.work / "tokenizer")
     unet = UNet2DConditionModel(**UNET_CONFIG)
@@ -106,28 +142,11 @@ def main() -> None:
     text = CLIPTextModel(text_config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id))
     alphas = scheduler().alphas_cumprod
 
-    def prompt(index: int, mirrored: int, kind: float, other: int, draws: list[float]) -> str:
-        label = f"a photo of a {CLASSES[int(data.labels[index])]}"
-        if kind < 0.25:
-            return "" if kind < 0.1 else label
-        # Each part is left out at times, so that each is listened to on its own, and a short context is as good as a long one.
-        kept = dict(zip(PARTS, draws, strict=True))
-        said = context(looks[index], mirrored=bool(mirrored), keep=lambda name: kept[name] < 0.75)
-        if kind < 0.35:
-            label = article(data.subnames[index])
-        elif kind < 0.5:  # a captioner errs, and its subject must not outweigh the label
-            label = f"{label}, {article(data.subnames[other if kind < 0.35 + 0.15 * args.wrong else index])}"
-        return f"{label}, {said}" if said else label
-
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(data), (args.batch_size,), generator=g)
         mirror = torch.randint(0, 2, (args.batch_size,), generator=g)
         x = latents[mirror, index].float() * scale
-        kinds = torch.rand(args.batch_size, generator=g).tolist()
-        draws = torch.rand(args.batch_size, 6, generator=g).tolist()
-        others = torch.randint(len(data), (args.batch_size,), generator=g).tolist()
-        drawn = zip(index.tolist(), mirror.tolist(), kinds, others, draws, strict=True)
-        prompts = [prompt(*one) for one in drawn]
+        prompts = draw_prompts(data, looks, index, mirror, args.wrong, g)
         ids = tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
         # Stratified timesteps: each batch covers the noise levels evenly, which lowers the variance of the gradient. The
         # exponent leans towards high noise, where the text decides.

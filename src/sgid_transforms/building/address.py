@@ -1,14 +1,17 @@
 """Under which key the variants of an image are stored: everything that decides their pixels beside the recipe."""
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+from sgid_transforms.captions.agreement import place
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
+from sgid_transforms.errors import MissingCaptionError
 from sgid_transforms.generation.filters import needs_clip
-from sgid_transforms.recipe.guidance import SimilarityGuidance, guidance_scale
-from sgid_transforms.recipe.prompts import parse_template
+from sgid_transforms.recipe.guidance import SimilarityGuidance, context_draw, guidance_scale
+from sgid_transforms.recipe.prompts import context_of, parse_template
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.layout import variant_key
 from sgid_transforms.variants.provenance import Provenance
@@ -40,22 +43,61 @@ class Address:
 
     Args:
         recipe: What is generated.
+        captions: Where the contexts that travel come from (``Recipe.caption_from``).
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, captions: CaptionStore) -> None:
         self.recipe = recipe
+        self._captions = captions
+        self._lenders: dict[str | None, _Lenders] = {}
         named = {name for _, name in parse_template(recipe.prompt)}
         checked = recipe.filters.label_check != "none"
         self.needs_label = "label" in named or checked
         self._captioned = "caption" in named
         self._scored = isinstance(recipe.guidance, SimilarityGuidance) or needs_clip(recipe.filters)
 
-    def key(self, record: CaptionRecord, label: str | None = None) -> str | None:
-        """The key of the variants of a record's image, or None where their prompt needs a label and there is none.
+    def caption(self, record: CaptionRecord, variant: int) -> tuple[str, str]:
+        """The caption in the prompt of one variant of a record's image, and the key of the image that it was written about.
+
+        With ``caption_from="class"`` or ``"dataset"``, it is the context of an image that is drawn by the recipe's fingerprint,
+        the image's key and the variant's number; a class of which no image lends its context keeps its own captions.
+
+        Raises:
+            MissingCaptionError: The recipe draws from contexts, and the caption store has none.
+        """
+        recipe = self.recipe
+        if recipe.caption_from != "own" and self._captioned:
+            lenders = self._lenders_of(record.label if recipe.caption_from == "class" else None)
+            if lenders is not None:
+                return lenders.at(context_draw(recipe.fingerprint, record.key, variant, recipe.seed))
+        if record.contradiction is None or recipe.on_contradiction == "keep":
+            return record.caption, record.key
+        return context_of(record.caption) if recipe.on_contradiction == "context" else "", record.key
+
+    def _lenders_of(self, label: str | None) -> "_Lenders | None":
+        """Those of one class, or of all for None."""
+        if not self._lenders:  # read once, and again for as long as there are none
+            rows = self._captions.contexts()
+            if not rows:
+                raise MissingCaptionError(
+                    f"caption_from={self.recipe.caption_from!r} takes its captions from the contexts of other images, and "
+                    f"{self._captions.path} has none; call sgid.prepare(dataset) (or `sgid prepare`) first"
+                )
+            labels = {row[1] for row in rows if row[1] is not None}
+            self._lenders = {name: _Lenders([row for row in rows if row[1] == name]) for name in labels}
+            self._lenders[None] = _Lenders(rows)
+        return self._lenders.get(label)
+
+    def key(self, record: CaptionRecord, variant: int, label: str | None = None) -> str | None:
+        """The key of one variant of a record's image, or None where its prompt needs a label and there is none.
 
         Args:
             record: What is known about the image.
-            label: Its class name in words, for a record without one.
+            variant: Number of the variant.
+            label: The image's class name in words, for a record without one.
+
+        Raises:
+            MissingCaptionError: See `caption`.
         """
         label = record.label or label
         if self.needs_label and not label:
@@ -63,7 +105,7 @@ class Address:
         return variant_key(
             record.key,
             label if self.needs_label else None,
-            record.caption if self._captioned else None,
+            self.caption(record, variant)[0] if self._captioned else None,
             guidance_scale(self.recipe.guidance, record.rank),
             record.scorer if self._scored else None,
         )
@@ -89,7 +131,7 @@ class Address:
         old = variants.may_have_old_keys(self.recipe) and variants.contains(self.recipe, record.key, variant)
         return old and self.find(variants, record, key, variant, pil=False) is not None
 
-    def current(self, variants: VariantStore, captions: CaptionStore, *, failures: bool = False) -> Iterator[CurrentVariant]:
+    def current(self, variants: VariantStore, *, failures: bool = False) -> Iterator[CurrentVariant]:
         """All stored variants of the recipe, or all remembered failures, each with whether training would still find it.
 
         A variant is out of date when its image's caption, label, guidance or scorer has changed since.
@@ -97,11 +139,16 @@ class Address:
         refs = variants.iter_failures(self.recipe) if failures else variants.iter(self.recipe)
         old = variants.may_have_old_keys(self.recipe)
         for chunk in batched(refs, 500):
-            records = captions.get_many({key for ref in chunk for key in (ref.image_key, *((ref.key,) if old else ())) if key})
+            records = self._captions.get_many(
+                {key for ref in chunk for key in (ref.image_key, *((ref.key,) if old else ())) if key}
+            )
             for ref in chunk:
                 record = records.get(ref.image_key)
                 if record is not None:
-                    key = self.key(record)
+                    try:
+                        key = self.key(record, ref.variant)
+                    except MissingCaptionError:  # no contexts to draw from: nobody can tell
+                        key = None
                     yield CurrentVariant(ref, ref.image_key, None if key is None else key == ref.key)
                 elif old and (record := records.get(ref.key)) is not None:
                     found = None if failures else variants.get(self.recipe, ref.key, ref.variant)
@@ -112,3 +159,20 @@ class Address:
     def _made_under(self, record: CaptionRecord, made: Provenance) -> bool:
         same_text = made.label == record.label and (not self._captioned or made.caption == record.caption)
         return same_text and made.guidance_scale == guidance_scale(self.recipe.guidance, record.rank)
+
+
+class _Lenders:
+    """Images that lend their contexts, in a circle: whoever stands next to a drawn place is taken.
+
+    So the loss of one lender changes only the draws that met it, and not, as a list would, nearly all.
+    """
+
+    def __init__(self, rows: Iterable[tuple[str, str | None, str]]) -> None:
+        self._circle = sorted((place(key), key, context) for key, _, context in rows)
+        self._places = [entry[0] for entry in self._circle]
+
+    def at(self, draw: int) -> tuple[str, str]:
+        """The context at a place of 64 bits, and its image's key."""
+        index = bisect.bisect_left(self._places, draw.to_bytes(8, "big"))
+        _, key, context = self._circle[index % len(self._circle)]
+        return context, key

@@ -86,7 +86,8 @@ class BuilderSpec:
             raise
         describer = None
         if self.captioner is not None:
-            describer = Describer(self.recipe.prompt, self.captioner, self.scorer, self.device)
+            mode = self.recipe.caption_mode
+            describer = Describer(self.recipe.prompt, self.captioner, self.scorer, self.device, mode=mode)
         size = self.batch_size
         return Builder(
             self.recipe, generate, self.variants, self.captions, describer=describer, count=self.count, batch_size=size
@@ -128,7 +129,7 @@ class Builder:
     ) -> None:
         self.recipe, self.generate, self.variants, self.captions = recipe, generate, variants, captions
         self.batch_size = batch_size
-        self._address = Address(recipe)
+        self._address = Address(recipe, captions)
         self._describer = describer
         self._count = count or (lambda **counts: None)
         self._versions = _versions()
@@ -223,7 +224,11 @@ class Builder:
             records |= {record.key: record for record in described}
         for one in wanted:
             record = records.get(one.key)
-            key = None if record is None else self._address.key(record, one.label)
+            try:
+                key = None if record is None else self._address.key(record, one.variant, one.label)
+            except SGIDError as error:  # no contexts to draw from
+                yield one, Outcome(Status.FAILED, str(error), made=True)
+                continue
             if record is None or key is None:
                 lacking = "caption" if record is None else "label"
                 yield one, Outcome(Status.FAILED, f"image {one.key} has no {lacking}; call sgid.prepare(dataset)")
@@ -242,9 +247,10 @@ class Builder:
         tokenizer = getattr(self.generate, "tokenizer", None)
         max_tokens = getattr(self.generate, "max_tokens", None) if tokenizer is not None else None
         label = record.label or one.label or ""
+        caption, _ = self._address.caption(record, one.variant)
         return GenerationRequest(
             image=one.image,
-            prompt=build_prompt(recipe.prompt, label, record.caption, tokenizer=tokenizer, max_tokens=max_tokens),
+            prompt=build_prompt(recipe.prompt, label, caption, tokenizer=tokenizer, max_tokens=max_tokens),
             negative_prompt=recipe.negative_prompt,
             strength=variant_strength(recipe.strength, fingerprint, one.key, one.variant, recipe.seed),
             guidance_scale=guidance_scale(recipe.guidance, record.rank),
@@ -264,7 +270,7 @@ class Builder:
             reasons = result.rejected or (result.reason or "no image",)
             self._write(lambda: self.variants.put_failure(self.recipe, key, one.variant, reasons), "variants")
             return Outcome(Status.FILTERED, result.reason or "filtered", made=True)
-        provenance = self._provenance(request, record, result)
+        provenance = self._provenance(one, request, record, result)
         if self._write(lambda: self.variants.put(self.recipe, key, one.variant, made, provenance), "variants"):
             return Outcome(Status.STORED, made=True)
         return Outcome(Status.STORED, image=made, made=True)
@@ -280,8 +286,14 @@ class Builder:
             return False
         return True
 
-    def _provenance(self, request: GenerationRequest, record: CaptionRecord, result: GenerationResult) -> Provenance:
+    def _provenance(
+        self, one: Wanted, request: GenerationRequest, record: CaptionRecord, result: GenerationResult
+    ) -> Provenance:
         recipe = self.recipe
+        caption, lender = self._address.caption(record, one.variant)
+        extra: dict[str, Any] = {} if recipe.lora is None else {"lora": recipe.lora, "lora_scale": recipe.lora_scale}
+        if lender != record.key:
+            extra["caption_from"] = lender
         return Provenance(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -297,9 +309,9 @@ class Builder:
             num_inference_steps=recipe.num_inference_steps,
             attempt=result.attempt,
             label=request.label,
-            caption=record.caption,
+            caption=caption,
             versions=self._versions,
-            extra={} if recipe.lora is None else {"lora": recipe.lora, "lora_scale": recipe.lora_scale},
+            extra=extra,
         )
 
 

@@ -79,7 +79,12 @@ def caption_folder(
     """
     models = models or Models()
     describer = Describer(
-        recipe.prompt, models.captioner_for(recipe), models.scorer_for(recipe), models.device, models.batch_size
+        recipe.prompt,
+        models.captioner_for(recipe),
+        models.scorer_for(recipe),
+        models.device,
+        models.batch_size,
+        recipe.caption_mode,
     )
     stopped = False
 

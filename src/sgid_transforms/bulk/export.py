@@ -118,7 +118,7 @@ def _known_variants(recipe: Recipe, variants: VariantStore, captions: CaptionSto
     """Image key -> number -> variant."""
     known: dict[str, dict[int, VariantRef]] = {}
     if captions is not None:
-        for ref, image_key, is_current in Address(recipe).current(variants, captions):
+        for ref, image_key, is_current in Address(recipe, captions).current(variants):
             if is_current:
                 known.setdefault(image_key, {})[ref.variant] = ref
         return known

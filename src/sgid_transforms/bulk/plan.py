@@ -7,7 +7,7 @@ from typing import Any
 from sgid_transforms.building.address import Address
 from sgid_transforms.building.builder import GeneratorFactory, auto_models
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.errors import RecipeError
+from sgid_transforms.errors import MissingCaptionError, RecipeError
 from sgid_transforms.images.folders import KnownImage
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
@@ -61,14 +61,17 @@ def missing_variants(
     images: Sequence[KnownImage], recipe: Recipe, captions: CaptionStore, variants: VariantStore, count: int
 ) -> tuple[int, list[tuple[KnownImage, int]]]:
     """How many were filtered for good, and those that are neither there nor filtered, image by image."""
-    address = Address(recipe)
+    address = Address(recipe, captions)
     records = captions.get_many([image.key for image in images]) if captions.path.exists() else {}
     filtered = 0
     todo = []
     for image in images:
         record = records.get(image.key)
-        key = None if record is None else address.key(record, image.file.label)
         for number in range(count):
+            try:
+                key = None if record is None else address.key(record, number, image.file.label)
+            except MissingCaptionError:  # there are no contexts yet; captioning comes first
+                key = None
             if record is None or key is None:
                 todo.append((image, number))
             elif not address.exists(variants, record, key, number):

@@ -16,21 +16,27 @@ from sgid_transforms.captions.record import COLUMNS, FOREIGN, digest_of, from_ro
 from sgid_transforms.errors import StoreError
 
 _APPLICATION_ID = 0x53474944  # "SGID"
-_VERSION = 3
+_VERSION = 4
 _SCHEMA = """
 CREATE TABLE captions (
     key TEXT PRIMARY KEY NOT NULL, caption TEXT NOT NULL, label TEXT, similarity REAL, rank REAL,
-    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT, digest INTEGER
+    captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT, digest INTEGER,
+    context TEXT, contradiction TEXT
 ) WITHOUT ROWID
 """
-_ADDED = {2: {"scorer": "TEXT", "prompt": "TEXT"}, 3: {"digest": "INTEGER"}}
+_ADDED = {
+    2: {"scorer": "TEXT", "prompt": "TEXT"},
+    3: {"digest": "INTEGER"},
+    4: {"context": "TEXT", "contradiction": "TEXT"},
+}
 """Columns by the version of the schema that added them; a later version must add one."""
 
 # A row with the digest FOREIGN is taken as it is: another program wrote it.
-_TRIGGERS = tuple(
-    f"CREATE TRIGGER {name} AFTER {event} ON captions BEGIN UPDATE captions SET digest = {FOREIGN} WHERE key = NEW.key; END"
+_MARK = f"UPDATE captions SET digest = {FOREIGN} WHERE key = NEW.key"
+_TRIGGERS = {
+    name: f"CREATE TRIGGER {name} AFTER {event} ON captions BEGIN {_MARK}; END"
     for name, event in (("edited", f"UPDATE OF {', '.join(COLUMNS)}"), ("inserted", "INSERT"))
-)
+}
 _ALL = ", ".join(COLUMNS)
 _CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
 
@@ -309,11 +315,16 @@ class Database:
                 alter = [f"ALTER TABLE captions ADD COLUMN {name} {kind}" for name, kind in _added_since(version).items()]
                 for statement in alter if version else (_SCHEMA, f"PRAGMA application_id={_APPLICATION_ID}"):
                     connection.execute(statement)
-                for trigger in _TRIGGERS:
+                for name, trigger in _TRIGGERS.items():
+                    connection.execute(f"DROP TRIGGER IF EXISTS {name}")
                     connection.execute(trigger)
-                connection.execute(f"UPDATE captions SET digest = {FOREIGN}")
-                _seal(connection, None)
-                connection.execute("CREATE TABLE damaged AS SELECT * FROM captions WHERE FALSE")
+                if version < 3:
+                    connection.execute(f"UPDATE captions SET digest = {FOREIGN}")
+                    _seal(connection, None)
+                    connection.execute("CREATE TABLE damaged AS SELECT * FROM captions WHERE FALSE")
+                else:  # the digests of version 3 hold
+                    for name, kind in _added_since(version).items():
+                        connection.execute(f"ALTER TABLE damaged ADD COLUMN {name} {kind}")
                 connection.execute(f"PRAGMA user_version={_VERSION}")
 
     def _failed(self, verb: str, error: sqlite3.Error) -> StoreError:

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import inspect
+import itertools
 import logging
 import math
 import os
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from sgid_transforms.captions.agreement import ClassWords, checked, lenders
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import StoreError
@@ -27,7 +30,7 @@ from sgid_transforms.images.labels import ClassNames, check_class_names, label_n
 from sgid_transforms.images.reading import check_size
 from sgid_transforms.models.loading import check_device
 from sgid_transforms.recipe.checks import integer
-from sgid_transforms.recipe.prompts import build_prompt, parse_template
+from sgid_transforms.recipe.prompts import build_prompt, context_of, parse_template
 
 _log = logging.getLogger("sgid_transforms")
 
@@ -46,6 +49,7 @@ class PrepareReport:
         known: Items about which everything was known.
         failed: Index and reason of each item that could not be read.
         changed: How many images were done again, by what had changed: ``captioner``, ``scorer``, ``label``, ``prompt``.
+        contradictions: Images in the store whose caption contradicts their label; counted where there was something to do.
     """
 
     images: int
@@ -54,6 +58,7 @@ class PrepareReport:
     known: int = 0
     failed: tuple[tuple[int, str], ...] = ()
     changed: Mapping[str, int] = field(default_factory=dict)
+    contradictions: int = 0
 
 
 class Describer:
@@ -61,16 +66,28 @@ class Describer:
 
     Args:
         template: The recipe's prompt template.
-        captioner: Id of the captioner, or an object with ``caption(images)``.
+        captioner: Id of the captioner, or an object with ``caption(images)``; for a mode other than ``"free"``, with
+            ``caption(images, labels)``.
         scorer: Id of the CLIP model, or an object with ``image_text(images, texts)``; None: no scores.
         device: Where both run, if they are loaded here.
         batch_size: Images per forward pass.
+        mode: The recipe's ``caption_mode``.
+
+    Raises:
+        TypeError: The captioner takes no labels, and the mode needs them.
     """
 
-    def __init__(self, template: str, captioner: Any, scorer: Any, device: str = "cpu", batch_size: int = 32) -> None:
+    def __init__(
+        self, template: str, captioner: Any, scorer: Any, device: str = "cpu", batch_size: int = 32, mode: str = "free"
+    ) -> None:
         self.template, self.captioner, self.scorer = template, captioner, scorer
-        self.device, self.batch_size = device, batch_size
-        self.name = _name(captioner)
+        self.device, self.batch_size, self.mode = device, batch_size, mode
+        if mode != "free" and not isinstance(captioner, str) and not _takes_labels(captioner):
+            raise TypeError(
+                f"captioner {_name(captioner)} has no caption(images, labels), so caption_mode={mode!r} cannot work; "
+                "use caption_mode='free', or another captioner"
+            )
+        self.name = _name(captioner) if mode == "free" else f"{_name(captioner)} ({mode})"
         self.scorer_name = None if scorer is None else _name(scorer)
         self._captioner: Any = None if isinstance(captioner, str) else captioner
         self._scorer: Any = None if isinstance(scorer, str) else scorer
@@ -80,13 +97,13 @@ class Describer:
         """What decides a record beside its image."""
         return repr((self.template, self.name, self.scorer_name))
 
-    def caption(self, images: Sequence[torch.Tensor]) -> list[str]:
-        """One caption per uint8 ``(3, H, W)`` image."""
+    def caption(self, images: Sequence[torch.Tensor], labels: Sequence[str | None]) -> list[str]:
+        """One caption per uint8 ``(3, H, W)`` image; the labels count in a mode other than ``"free"``."""
         if self._captioner is None:
             from sgid_transforms.models.captioner import Captioner
 
-            self._captioner = Captioner(self.captioner, device=self.device, batch_size=self.batch_size)
-        texts = self._captioner.caption(images)
+            self._captioner = Captioner(self.captioner, device=self.device, batch_size=self.batch_size, mode=self.mode)
+        texts = self._captioner.caption(images) if self.mode == "free" else self._captioner.caption(images, labels)
         if not isinstance(texts, list | tuple) or len(texts) != len(images) or not all(isinstance(one, str) for one in texts):
             raise TypeError(f"captioner {self.name} returned {texts!r:.80} for {len(images)} images, not a list of strings")
         return list(texts)
@@ -123,16 +140,28 @@ class Describer:
         known = [(record, shrunk(image)) for record, image in known]
         bare = [index for index, (record, _) in enumerate(known) if not record.captioner and not record.caption]
         records = [record for record, _ in known]
-        for index, text in zip(bare, self.caption([known[i][1] for i in bare]) if bare else (), strict=True):
+        texts = self.caption([known[i][1] for i in bare], [records[i].label for i in bare]) if bare else []
+        for index, text in zip(bare, texts, strict=True):
             records[index] = replace(records[index], caption=text, captioner=self.name, source="model")
+        images = [image for _, image in known]
         prompts = [self.prompt(record.label, record.caption) for record in records]
-        scores = self.score([image for _, image in known], prompts)
+        scores = self.score(images, prompts)
+        both = [i for i, (record, score) in enumerate(zip(records, scores, strict=True)) if score is not None and record.label]
+        bare_scores = self.score([images[i] for i in both], [self.prompt(records[i].label, "") for i in both])
+        doubted = {i for i, bare_score in zip(both, bare_scores, strict=True) if scores[i] < bare_score}  # type: ignore[operator]
         return [
-            replace(record, similarity=score, rank=None, scorer=self.scorer_name, prompt=prompt)
-            if score is not None
-            else record
-            for record, score, prompt in zip(records, scores, prompts, strict=True)
-        ]
+            replace(record, contradiction=None)
+            if score is None
+            else replace(
+                record, similarity=score, rank=None, scorer=self.scorer_name, prompt=prompt,
+                contradiction="scorer" if index in doubted else None,
+            )
+            for index, (record, score, prompt) in enumerate(zip(records, scores, prompts, strict=True))
+        ]  # fmt: skip
+
+    def context(self, record: CaptionRecord) -> str:
+        """What other images may borrow from a record's caption: all of it, if it was written without its subject."""
+        return record.caption if self.mode == "context" and record.captioner == self.name else context_of(record.caption)
 
 
 @contextlib.contextmanager
@@ -187,6 +216,7 @@ class Tally:
     known: int = 0
     failed: list[tuple[str | None, str]] = field(default_factory=list)
     changed: dict[str, int] = field(default_factory=dict)
+    contradictions: int = 0
 
 
 def prepare(
@@ -203,6 +233,7 @@ def prepare(
     device: str = "cpu",
     progress: bool = True,
     timeout: float | None = None,
+    mode: str = "free",
 ) -> PrepareReport:
     """Caption every image of a map-style data set, score it against its prompt, and rank the scores.
 
@@ -223,9 +254,10 @@ def prepare(
         device: Where the models run.
         progress: Show a progress bar.
         timeout: Seconds to wait while another process captions into the same store; None: until it is done.
+        mode: The recipe's ``caption_mode``.
 
     Raises:
-        TypeError: It is not a map-style data set of images.
+        TypeError: It is not a map-style data set of images, or the captioner takes no labels, and the mode needs them.
         ValueError: It gives another image each time (a random transform that cannot be looked past), or a class has no name.
         ModelLoadError: A model cannot be loaded.
         StoreError: The caption store cannot be written, or another process was at it for ``timeout`` seconds.
@@ -235,7 +267,7 @@ def prepare(
     check_device(device)
     images = RawImages(dataset, stop or type(None))
     _check_repeatable(images, key)
-    describer = Describer(template, captioner, scorer, device, batch_size)
+    describer = Describer(template, captioner, scorer, device, batch_size, mode)
     needs_label = any(name == "label" for _, name in parse_template(template))
     failed: list[tuple[int, str]] = []
     unlabelled = 0
@@ -259,13 +291,17 @@ def prepare(
                     except Exception as error:  # of any data set's own code: one bad item must not end the job
                         failed.append((index, f"{type(error).__name__}: {error}"))
                     else:
-                        label = _name_of(sample, class_names, needs_label)
+                        label = _name_of(sample, class_names, needs_label or mode != "free")
                         unlabelled += sample.label is None
+                        if label is None and mode != "free":
+                            failed.append((index, f"it has no label, and caption_mode={mode!r} needs one"))
+                            bar.update()
+                            continue
                         load = functools.partial(_identity, sample.image)
                         yield Entry(name, label, sample.path, load, _pixels(sample.image))
                     bar.update()
 
-            tally = complete(entries(), captions, describer)
+            tally = complete(entries(), captions, describer, synonyms=class_names if isinstance(class_names, Mapping) else None)
         if unlabelled and needs_label:
             _log.warning(
                 "%d of %d items have no label that can be read (a class number or name); the prompt needs one",
@@ -275,7 +311,9 @@ def prepare(
         if lock is not None and job is not None:
             os.ftruncate(lock, 0)
             os.pwrite(lock, job.encode(), 0)
-    return PrepareReport(len(images), tally.captioned, tally.scored, tally.known, tuple(failed), tally.changed)
+    return PrepareReport(
+        len(images), tally.captioned, tally.scored, tally.known, tuple(failed), tally.changed, tally.contradictions
+    )
 
 
 def complete(
@@ -283,6 +321,7 @@ def complete(
     captions: CaptionStore,
     describer: Describer,
     stopped: Callable[[], bool] = lambda: False,
+    synonyms: Mapping[Any, str] | None = None,
 ) -> Tally:
     """Bring the records of some images up to date, batch by batch, and rank the new similarities.
 
@@ -292,7 +331,8 @@ def complete(
         entries: The images.
         captions: Where their records are.
         describer: Writes captions and scores.
-        stopped: Whether the entries ended too early: ranks are of the whole data set, and once given they stay.
+        stopped: Whether the entries ended too early: ranks and contexts are of the whole data set, and once given they stay.
+        synonyms: Further names of the classes, by which captions may contradict their labels.
     """
     tally = Tally()
     waiting: list[Entry] = []
@@ -309,7 +349,7 @@ def complete(
                 if entry.path is not None and entry.path != known.path and not os.path.exists(known.path or ""):
                     moved.append(replace(known, path=entry.path))
             elif entry.key not in pending:
-                record = _to_do(known, entry, stale)
+                record = _to_do(known, entry, stale, describer)
                 try:
                     pending[entry.key] = (record, shrunk(to_uint8_chw(entry.load())))
                 except Exception as error:
@@ -337,12 +377,25 @@ def complete(
             flush()
     decide()
     flush()
-    if not stopped() and (tally.scored or captions.lacks_ranks()):
-        captions.set_ranks(keep=True)
+    if not stopped():
+        if tally.scored or captions.lacks_ranks():
+            captions.set_ranks(keep=True)
+        if tally.captioned or tally.scored or tally.changed:
+            words = ClassWords({record.label for record in captions if record.label}, synonyms)
+            for chunk in _chunks(checked(captions, words)):
+                captions.put_many(chunk)
+            tally.contradictions = sum(record.contradiction is not None for record in captions)
+        if "captioner" in tally.changed or not captions.contexts():
+            captions.set_contexts(lenders(captions, describer.context))
     if tally.changed:
         parts = ", ".join(f"{count} by another {what}" for what, count in sorted(tally.changed.items()))
         _log.warning("images described anew: %s; what was generated after the old texts is not used any more", parts)
     return tally
+
+
+def _chunks(records: Iterator[CaptionRecord]) -> Iterator[list[CaptionRecord]]:
+    while chunk := list(itertools.islice(records, 500)):
+        yield chunk
 
 
 def _identity(image: Any) -> Any:
@@ -373,13 +426,23 @@ def _stale(known: CaptionRecord, entry: Entry, describer: Describer) -> str | No
     return "" if known.prompt == describer.prompt(known.label, known.caption) else "prompt"
 
 
-def _to_do(known: CaptionRecord | None, entry: Entry, stale: str | None) -> CaptionRecord:
+def _to_do(known: CaptionRecord | None, entry: Entry, stale: str | None, describer: Describer) -> CaptionRecord:
     """The record as far as it still holds; without a caption where one is to be written."""
+    if known is not None and stale == "label" and describer.mode != "free" and known.captioner == describer.name:
+        stale = "captioner"  # which was told the old label
     if known is None or stale == "captioner":
         label = entry.label if entry.label is not None or known is None else known.label
         return CaptionRecord(entry.key, "", label=label, path=entry.path)
     label = entry.label if entry.label is not None else known.label
     return replace(known, label=label, path=entry.path or known.path, similarity=None, rank=None)
+
+
+def _takes_labels(captioner: Any) -> bool:
+    try:
+        inspect.signature(captioner.caption).bind([], [])
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _name(model: Any) -> str:

@@ -14,7 +14,10 @@ SOURCES: tuple[Source, ...] = ("model", "human", "import")
 MAX_KEY = 512
 MAX_TEXT = 2**20
 
-COLUMNS = ("key", "caption", "label", "similarity", "rank", "captioner", "source", "path", "scorer", "prompt")
+COLUMNS = (
+    "key", "caption", "label", "similarity", "rank", "captioner", "source", "path", "scorer", "prompt",
+    "context", "contradiction",
+)  # fmt: skip
 """The fields of a record, in the order of the table's columns."""
 
 FOREIGN = int.from_bytes(b"foreign!", "big")
@@ -36,6 +39,9 @@ class CaptionRecord:
         path: Of the image file, as the data set has it.
         scorer: Id of the model that measured the similarity.
         prompt: The text that the similarity was measured with: label and caption in the recipe's template.
+        context: What variants of other images may borrow from the caption (``Recipe.caption_from``); None: nothing.
+        contradiction: By what the caption contradicts the label: ``"words"``, where it names another class and not its own;
+            ``"scorer"``, where the scorer finds the image less like label and caption than like the label; or both.
 
     Examples:
         >>> CaptionRecord("0f" * 16, "a cat on a sofa", label="cat", source="human").caption
@@ -52,6 +58,8 @@ class CaptionRecord:
     path: str | None = None
     scorer: str | None = None
     prompt: str | None = None
+    context: str | None = None
+    contradiction: str | None = None
 
 
 def to_row(record: CaptionRecord) -> tuple[object, ...]:
@@ -78,6 +86,8 @@ def to_row(record: CaptionRecord) -> tuple[object, ...]:
         _path(record.path),
         _text("scorer", record.scorer),
         _text("prompt", record.prompt),
+        _text("context", record.context),
+        _text("contradiction", record.contradiction),
     )
 
 
@@ -86,18 +96,24 @@ def from_row(row: tuple[Any, ...]) -> CaptionRecord | None:
 
     Rows with the digest ``FOREIGN``, of stores from before schema 3 or of other programs, are taken as they are.
     """
-    key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, digest = row
+    key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, context, contradiction, digest = row
     text = f"{key}\0{caption}\0{label}\0{similarity}\0{rank}\0{captioner}\0{source}\0{path}\0{scorer}\0{prompt}"
+    if context is not None or contradiction is not None:
+        text += f"\0{context}\0{contradiction}"
     if digest != zlib.crc32(text.encode()) and digest != FOREIGN:
         return None
     if isinstance(path, bytes):
         path = os.fsdecode(path)
-    return CaptionRecord(key, caption, label, similarity, rank, captioner, source, path, scorer, prompt)
+    return CaptionRecord(key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, context, contradiction)
 
 
 def digest_of(row: Sequence[object]) -> int:
-    """The CRC-32 of the columns ``COLUMNS``, as SQLite gives them. `from_row` has it inlined, for the speed of hits."""
-    return zlib.crc32("\0".join(map(str, row)).encode())
+    """The CRC-32 of the columns ``COLUMNS``, as SQLite gives them. `from_row` has it inlined, for the speed of hits.
+
+    The last two, which schema 4 added, count where there is something in them, so that older digests still hold.
+    """
+    counted = row if any(value is not None for value in row[10:]) else row[:10]
+    return zlib.crc32("\0".join(map(str, counted)).encode())
 
 
 def check_key(key: object) -> str:

@@ -53,6 +53,7 @@ INSERT INTO captions ({_ALL}) VALUES ({", ".join("?" * len(COLUMNS))})
 ON CONFLICT (key) DO UPDATE SET
     caption = {taken("caption")}, captioner = {taken("captioner")}, source = {taken("source")},
     label = {either("label")}, path = {either("path")},
+    context = COALESCE(captions.context, excluded.context), contradiction = {taken("contradiction")},
     similarity = {score("similarity", either("similarity"))}, rank = {score("rank", rank)},
     scorer = {score("scorer", with_similarity("scorer"))}, prompt = {score("prompt", with_similarity("prompt"))}
 """
@@ -161,8 +162,8 @@ class CaptionStore:
         """Store records in one transaction: all of them, or none after an error.
 
         A record replaces an older one of its key, but a human caption stays where the new one is not human. A label or
-        path that the new record lacks is kept. Similarity and rank belong to a text: they are taken over, or kept, only
-        for the same caption.
+        path that the new record lacks is kept, and a context stays whatever the new one is: see `set_contexts`. Similarity
+        and rank belong to a text: they are taken over, or kept, only for the same caption.
 
         Raises:
             StoreError: A record that cannot be stored, or a file that cannot be written.
@@ -208,6 +209,26 @@ class CaptionStore:
         """Whether there are similarities without a rank, which `set_ranks` would rank."""
         query = "SELECT EXISTS (SELECT 1 FROM captions WHERE similarity IS NOT NULL AND rank IS NULL)"
         return bool(self._database.one(query, ())[0])
+
+    def contexts(self) -> list[tuple[str, str | None, str]]:
+        """Key, label and context of each record that has a context to lend."""
+        query = "SELECT key, label, context FROM captions WHERE context IS NOT NULL ORDER BY key"
+        with self._database.reading() as connection:
+            return connection.execute(query).fetchall()
+
+    def set_contexts(self, contexts: Mapping[str, str]) -> None:
+        """Say which records lend their contexts, in place of those that did.
+
+        Which context a variant borrows follows from this set, so it changes only here: not with records that come later, nor
+        with new captions.
+
+        Args:
+            contexts: Key -> context. Keys without a record are left out.
+        """
+        rows = [(to_row(CaptionRecord(key, "", context=value))[10], key) for key, value in contexts.items()]
+        with self._database.writing(None) as connection:
+            connection.execute("UPDATE captions SET context = NULL WHERE context IS NOT NULL")
+            connection.executemany("UPDATE captions SET context = ? WHERE key = ?", rows)
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove the records of ``keys``, human ones as well, so that they are captioned again."""

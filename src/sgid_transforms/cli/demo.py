@@ -69,12 +69,14 @@ def demo(
         say("2/4  contact sheet")
         shown = images[:: max(1, len(images) // _SHOWN)][:_SHOWN]
         known = captions.get_many([image.key for image in shown])
-        records, address = [known[image.key] for image in shown], Address(recipe)
-        keys = [address.key(record) or "" for record in records]
+        records, address = [known[image.key] for image in shown], Address(recipe, captions)
         contact_sheet(
             [
-                [load_image(image.file.path), *(address.find(variants, record, key, n, pil=True) for n in range(count))]
-                for image, record, key in zip(shown, records, keys, strict=True)
+                [
+                    load_image(image.file.path),
+                    *(address.find(variants, record, address.key(record, n) or "", n, pil=True) for n in range(count)),
+                ]
+                for image, record in zip(shown, records, strict=True)
             ],
             row_titles=[f"{record.label}: {record.caption}" for record in records],
             column_titles=["original", *(f"variant {number}" for number in range(count))],

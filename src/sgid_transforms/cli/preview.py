@@ -57,7 +57,8 @@ def preview(
     if wanted.model == "tiny":
         note(tiny_note([words], [(original.shape[1], original.shape[2])]))
     if caption is None:
-        caption = Describer(wanted.prompt, models.captioner_for(wanted), None, models.device).caption([original])[0]
+        describer = Describer(wanted.prompt, models.captioner_for(wanted), None, models.device, mode=wanted.caption_mode)
+        caption = describer.caption([original], [words])[0]
     generate = load_generator(wanted, models.device, batch_size=batch_size)
     tokenizer = getattr(generate, "tokenizer", None)
     limit = getattr(generate, "max_tokens", None) if tokenizer is not None else None

@@ -178,6 +178,6 @@ def _outdated(store: "VariantStore", captions: Path, recipe: "Recipe") -> "list[
     from sgid_transforms.building.address import Address
     from sgid_transforms.captions.store import CaptionStore
 
-    texts, address = CaptionStore(captions, readonly=True), Address(recipe)
-    both = (one for failures in (False, True) for one in address.current(store, texts, failures=failures))
+    address = Address(recipe, CaptionStore(captions, readonly=True))
+    both = (one for failures in (False, True) for one in address.current(store, failures=failures))
     return [one.ref for one in both if one.is_current is False]

@@ -122,6 +122,11 @@ def variant_strength(strength: float | tuple[float, float], fingerprint: str, ke
     return min(high, low + (high - low) * share)
 
 
+def context_draw(fingerprint: str, key: str, variant: int, seed: int) -> int:
+    """64 bits by which one variant's context is drawn. The arguments are those of `variant_seed`."""
+    return _hash64("context", fingerprint, key, variant, seed)
+
+
 def _hash64(purpose: str, fingerprint: str, key: str, variant: int, seed: int) -> int:
     """64 bits of SHA-256 over the parts; their lengths keep (``ab``, ``c``) and (``a``, ``bc``) apart."""
     parts = f"{purpose}\0{len(fingerprint)}\0{fingerprint}\0{len(key)}\0{key}\0{variant:d}\0{seed:d}\0" + "0"

@@ -16,6 +16,8 @@ class Preset(TypedDict):
     sampler: str
     exact_strength: bool
     resolution: int | tuple[int, int] | None
+    caption_mode: str
+    caption_from: str
 
 
 # The bundled model. These numbers are written nowhere else: tune them here.
@@ -31,6 +33,8 @@ TINY: Final[Preset] = {
     "sampler": "dpmsolver++",
     "exact_strength": True,
     "resolution": None,
+    "caption_mode": "free",
+    "caption_from": "own",
 }
 
 # Edition of the bundled weights. It is part of the fingerprint of every `tiny` recipe, so that images of older weights are
@@ -51,6 +55,8 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "euler",
         "exact_strength": False,
         "resolution": 512,
+        "caption_mode": "free",
+        "caption_from": "own",
     },
     # Model card of stabilityai/sdxl-turbo, and diffusers' guide "Stable Diffusion XL Turbo": as sd-turbo, also at 512x512.
     # The checkpoint's own scheduler is ancestral Euler; plain Euler adds no noise of its own between the steps.
@@ -63,6 +69,8 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "euler",
         "exact_strength": False,
         "resolution": 512,
+        "caption_mode": "free",
+        "caption_from": "own",
     },
     # Steps and sampler: Real Guidance as rerun by DiffDA-Eval (IJCV 2026): SD 1.5, DPM-Solver++, 25 steps. Guidance: around the
     # 7.5 that diffusers and DistDiff use, DISEF has 8. Strength: around DistDiff's 0.5; the range is the project's own choice.
@@ -76,6 +84,8 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "dpmsolver++",
         "exact_strength": False,
         "resolution": 512,
+        "caption_mode": "free",
+        "caption_from": "own",
     },
     # Model card of SimianLuo/LCM_Dreamshaper_v7: guidance 8, 1 to 8 steps recommended, 4 in diffusers' image-to-image example.
     # It runs all its steps at any strength, and is told its guidance scale as an input, so that guidance costs no second
@@ -89,6 +99,8 @@ PRESETS: Final[dict[str, Preset]] = {
         "sampler": "lcm",
         "exact_strength": False,
         "resolution": 512,
+        "caption_mode": "free",
+        "caption_from": "own",
     },
 }
 

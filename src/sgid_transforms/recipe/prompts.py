@@ -1,5 +1,6 @@
 """Label and caption into one prompt that fits the text encoder. Both are data: nothing in them is ever interpreted."""
 
+import re
 import string
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,15 @@ from sgid_transforms.errors import RecipeError
 from sgid_transforms.recipe import checks as _checks
 
 PLACEHOLDERS = ("label", "caption")
+CAPTION_MODES = ("free", "label", "context")
 
 _SEPARATORS = " \t\n,;:|-–—"
 _CLOSING = ",;:.!?)]}"
+_PREPOSITIONS = {
+    "above", "across", "against", "along", "among", "around", "at", "before", "behind", "below", "beneath", "beside",
+    "between", "by", "during", "from", "in", "inside", "into", "near", "next", "on", "onto", "outside", "over", "through",
+    "toward", "towards", "under", "underneath", "upon", "with", "within", "without",
+}  # fmt: skip
 _BRACKETS = {"(": ")", "[": "]", "{": "}", '"': '"', "'": "'", "“": "”"}
 
 
@@ -30,6 +37,53 @@ def clean_label(name: str, class_names: Mapping[str, str] | None = None) -> str:
     if not any(map(str.isalnum, words)):
         raise RecipeError(f"class name {name!r} has no words in it; map it with class_names={{{name!r}: ...}}")
     return words
+
+
+def with_article(noun: str) -> str:
+    """``a cat``, ``an airplane``; by the first letter, which is right for nearly all class names."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}" if noun else ""
+
+
+def names(text: str, name: str) -> bool:
+    """Whether a text names a class: its words one after the other, in any case, the last one also in the plural."""
+    words = r"\W+".join(map(re.escape, re.findall(r"\w+", name)))
+    return bool(words) and re.search(rf"(?<!\w){words}(?:s|es)?(?!\w)", text, re.IGNORECASE) is not None
+
+
+def context_of(caption: str) -> str:
+    """What a caption says beside its subject, so that it can be said of another image as well.
+
+    The subject is the noun phrase at the head: all before the first comma or preposition. A caption that begins with a
+    preposition begins with a piece of context, and its subject comes after that piece.
+
+    Examples:
+        >>> context_of("a cat sitting on a red sofa")
+        'on a red sofa'
+        >>> context_of("a leopard frog, brown and green, on a white background")
+        'brown and green, on a white background'
+        >>> context_of("in a field, two horses under a cloudy sky")
+        'in a field, under a cloudy sky'
+        >>> context_of("a dog")
+        ''
+    """
+    kept = []
+    pieces = [piece.strip(_SEPARATORS) for piece in caption.rstrip(" .!").split(",")]
+    while pieces and pieces[0].partition(" ")[0].lower() in _PREPOSITIONS:
+        kept.append(pieces.pop(0))
+    if pieces:
+        words = pieces.pop(0).split(" ")
+        place = next((index for index, word in enumerate(words) if word.lower() in _PREPOSITIONS), None)
+        kept += [] if place is None else [" ".join(words[place:])]
+    return ", ".join(piece for piece in [*kept, *pieces] if piece)
+
+
+def without_name(text: str, name: str) -> str:
+    """A context without the pieces, between commas, that name a class; where all of them do, without its subject."""
+    pieces = [piece.strip(_SEPARATORS) for piece in text.rstrip(" .!").split(",")]
+    kept = [piece for piece in pieces if piece and not names(piece, name)]
+    if not kept:
+        kept = [piece for piece in context_of(text).split(", ") if piece and not names(piece, name)]
+    return ", ".join(kept)
 
 
 def build_prompt(

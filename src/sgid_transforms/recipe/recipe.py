@@ -16,12 +16,14 @@ from sgid_transforms.files import atomic_write
 from sgid_transforms.recipe import checks as _checks
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.presets import PRESETS, STRENGTH_RANGES, TINY, TINY_EDITION, preset_for_model
-from sgid_transforms.recipe.prompts import parse_template
+from sgid_transforms.recipe.prompts import CAPTION_MODES, parse_template
 
 LabelCheck = Literal["none", "argmax", "threshold"]
 
 LABEL_CHECKS: Final = ("none", "argmax", "threshold")
 SAMPLERS: Final = ("auto", "ddim", "euler", "dpmsolver++", "lcm")
+CAPTION_SOURCES: Final = ("own", "class", "dataset")
+CONTRADICTION_POLICIES: Final = ("context", "drop", "keep")
 IMAGE_FORMATS: Final = (
     "auto",
     "png",
@@ -85,7 +87,8 @@ class Filters:
 
 _BY_MODEL: Any = None  # a default that __post_init__ replaces by what the model's preset has
 _BY_MODEL_FIELDS: Final = (
-    "strength", "guidance", "num_inference_steps", "sampler", "guidance_interval", "resolution", "exact_strength"
+    "strength", "guidance", "num_inference_steps", "sampler", "guidance_interval", "resolution", "exact_strength",
+    "caption_mode", "caption_from",
 )  # fmt: skip
 
 
@@ -126,6 +129,12 @@ class Recipe:
         seed: the user's seed, in [0, 2**63).
         filters: see `Filters`.
         image_format: how variants are stored: ``"png"``, ``"webp-lossless"``, ``"webp"``, ``"jpeg"``, or ``"auto"``: by size.
+        caption_mode: what the captioner writes: ``"free"`` captions, from the pixels alone; ``"label"``, which describe the
+            image as one of its label; or ``"context"``, which say what is seen beside the object and never name it.
+        caption_from: whose caption a variant gets. ``"own"``: that of its image. ``"dataset"``: the context (all but the
+            subject) of an image that is drawn anew for each variant from the whole data set, ``"class"``: from its class.
+        on_contradiction: what is used of a caption that contradicts its label: its ``"context"``, nothing (``"drop"``), or all
+            of it (``"keep"``).
 
     Raises:
         RecipeError: for a value of the wrong type or outside its range, in one sentence.
@@ -155,6 +164,9 @@ class Recipe:
     image_format: str = "auto"
     lora: str | None = None
     lora_scale: float = 1.0
+    caption_mode: str = _BY_MODEL
+    caption_from: str = _BY_MODEL
+    on_contradiction: str = "context"
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # normalised here, so that equal settings are equal recipes: 5 and 5.0, a list and a tuple
@@ -186,6 +198,9 @@ class Recipe:
         if self.lora is not None:
             put(self, "lora", _non_empty("lora", os.fspath(self.lora) if isinstance(self.lora, os.PathLike) else self.lora))
         put(self, "lora_scale", _checks.number("lora_scale", self.lora_scale))
+        _checks.choice("caption_mode", self.caption_mode, CAPTION_MODES)
+        _checks.choice("caption_from", self.caption_from, CAPTION_SOURCES)
+        _checks.choice("on_contradiction", self.on_contradiction, CONTRADICTION_POLICIES)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -201,6 +216,10 @@ class Recipe:
         if not self.exact_strength:
             del fields["exact_strength"]  # it came later than the others: off, it leaves older fingerprints as they were
         del fields["lora"], fields["lora_scale"]  # as did these
+        # These decide which caption is used, and a variant's address holds that text itself.
+        del fields["caption_mode"], fields["on_contradiction"]
+        if self.caption_from == "own":
+            del fields["caption_from"]
         if self.lora is not None:
             fields |= {"lora": _content(self.lora), "lora_scale": self.lora_scale}
         content: dict[str, Any] = {"version": FINGERPRINT_VERSION, "recipe": fields}

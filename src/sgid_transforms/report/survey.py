@@ -201,10 +201,10 @@ def find_variants(captions: CaptionStore, variants: VariantStore, recipe: Recipe
     Those that were made under another caption or label than the present one are left out, as training does. Of an image that
     the caption store does not know, all are there.
     """
-    address = Address(recipe)
+    address = Address(recipe, captions)
     found: dict[str, set[tuple[str, int]]] = {}
     for failures in (False, True):
-        for ref, image_key, state in address.current(variants, captions, failures=failures):
+        for ref, image_key, state in address.current(variants, failures=failures):
             if state is not False:
                 found.setdefault(image_key, set()).add((ref.key, ref.variant))
     return found

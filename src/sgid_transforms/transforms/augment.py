@@ -277,7 +277,9 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             device=device or self._device(),
             progress=progress,
             timeout=timeout,
+            mode=self.recipe.caption_mode,
         )
+        self._address = Address(self.recipe, self.captions)  # whose contexts may be others now
         p = self.p
         if p == "balanced":
             self._state.publish(balanced=self._balanced())
@@ -387,7 +389,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     def _reset(self) -> None:
         """What belongs to one process only."""
-        self._address = Address(self.recipe)
+        self._address = Address(self.recipe, self.captions)
         self._supply: VariantSupply | None = None
         self._live: _Live | None = None
         self._logged: set[str] = set()
@@ -448,7 +450,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         for position, (key, variant) in wanted.items():
             record, image = records.get(key), images[position]
             pil = isinstance(image, Image.Image)
-            place = None if record is None else self._address.key(record, self._label(record, labels[position]))
+            place = None if record is None else self._place(record, variant, self._label(record, labels[position]))
             found = (
                 None if record is None or place is None else self._address.find(self.variants, record, place, variant, pil=pil)
             )
@@ -463,6 +465,14 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             record = self.captions.get(keys[0])
             return {} if record is None else {keys[0]: record}
         return self.captions.get_many(keys)
+
+    def _place(self, record: CaptionRecord, variant: int, label: str | None) -> str | None:
+        try:
+            return self._address.key(record, variant, label)
+        except MissingCaptionError:  # no contexts to draw from
+            if self.missing != "original":
+                raise
+            return None
 
     def _label(self, record: CaptionRecord | None, label: Any) -> str | None:
         """The class name in words: the one that was prepared, else that of the given label."""
@@ -527,12 +537,12 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         for position, (key, variant) in misses.items():
             record = records.get(key)
             label = self._label(record, labels[position])
-            place = None if record is None else self._address.key(record, label)
+            place = None if record is None else self._place(record, variant, label)
             if place is not None and self.variants.failure(self.recipe, place, variant) is not None:
                 self._state.add(unavailable=1)
                 continue
             unlabelled = label is None and (self._address.needs_label or record is None)
-            if unlabelled or (record is None and self.missing != "caption"):
+            if unlabelled or (place is None if record is not None else self.missing != "caption"):
                 if self.missing == "original":
                     self._state.add(missing=1)
                     continue
