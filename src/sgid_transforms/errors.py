@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose, each also of the built-in kind that a caller would expect."""
+"""The errors that this package raises. Each one also subclasses the built-in error that a caller would expect."""
 
 
 class SGIDError(Exception):
@@ -14,7 +14,7 @@ class SGIDError(Exception):
 
 
 class RecipeError(SGIDError, ValueError):
-    """A recipe, or a setting that belongs into one, has a value that cannot work.
+    """A recipe, or a setting used with one, has a value that cannot work.
 
     Examples:
         >>> try:
@@ -47,7 +47,7 @@ class GenerationError(SGIDError, RuntimeError):
 
 
 class ModelLoadError(GenerationError):
-    """A model could not be loaded: something is missing, or of a kind that is not supported.
+    """A model could not be loaded: something is missing or not supported.
 
     Examples:
         >>> try:
@@ -71,7 +71,7 @@ class ServiceError(SGIDError, RuntimeError):
 
 
 class MissingCaptionError(SGIDError, KeyError):
-    """The caption store knows nothing about an image.
+    """The caption store has no caption or label for an image that needs one.
 
     Examples:
         >>> sgid = SGIDAugment(captions="empty.sqlite", p=1.0)
@@ -87,8 +87,8 @@ class MissingCaptionError(SGIDError, KeyError):
 
 
 class ImageError(SGIDError, ValueError):
-    """An image file cannot be read; the message is the reason alone."""
+    """An image file cannot be read. The message gives only the reason, without the path."""
 
 
 class FolderError(SGIDError, OSError):
-    """A folder of images is not there, or is not laid out as one folder for each class."""
+    """A folder cannot be used: it does not exist, has no class folders, or overlaps with the images."""

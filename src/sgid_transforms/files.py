@@ -1,4 +1,4 @@
-"""Small things that every room needs around files and processes: whole writes, locks, waiting, which job this is, names."""
+"""Helpers for files and processes: atomic writes, locks, waiting, the name of a distributed job, printable paths."""
 
 import contextlib
 import logging
@@ -18,13 +18,13 @@ except ImportError:  # pragma: no cover (not a POSIX system: nothing is locked t
     fcntl = None  # type: ignore[assignment]
 
 QUIET_SECONDS = 30.0
-"""After so long without progress, whatever waits says what it waits for."""
+"""After this long without progress, a wait logs what it is waiting for."""
 
 _log = logging.getLogger("sgid_transforms")
 
 
 def _harmless(record: logging.LogRecord) -> bool:
-    """Names, captions and messages of other libraries may hold what a terminal would obey."""
+    """Escape control characters: names, captions and messages of other libraries may contain terminal commands."""
     record.msg, record.args = "\n".join(map(show, record.getMessage().split("\n"))), None
     return True
 
@@ -33,11 +33,11 @@ _log.addFilter(_harmless)
 
 
 class Waiting:
-    """A wait for another process: it is told once when nothing happens for long, and may have a deadline.
+    """A wait for another process. It logs a warning once when nothing happens for long, and may have a deadline.
 
     Args:
-        what: What is waited for, as the log is to name it.
-        timeout: Seconds until the deadline; None: there is none.
+        what: What is waited for, as named in the log.
+        timeout: Seconds until the deadline; None: no deadline.
     """
 
     def __init__(self, what: str, timeout: float | None = None) -> None:
@@ -46,12 +46,12 @@ class Waiting:
         self._told = False
 
     def progress(self) -> None:
-        """Something has happened: the quiet begins anew."""
+        """Note that something has happened, which restarts the quiet period."""
         self._since = time.monotonic()
         self._told = False
 
     def check(self) -> float:
-        """Tell what is to be told; returns the seconds until something is due again.
+        """Log a warning if one is due; returns the seconds until the next check is due.
 
         Raises:
             TimeoutError: The deadline has passed.
@@ -70,12 +70,12 @@ class Waiting:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path in the folder of ``path``, which takes its place at the end and vanishes after an error.
+    """A temporary path next to ``path``. It replaces ``path`` at the end, or is removed after an error.
 
-    A reader, or a crash, finds either the old file or the whole new one.
+    Readers see either the old file or the complete new one, even after a crash.
 
     Raises:
-        OSError: As the file system gives it; an existing file is then left as it was.
+        OSError: The file cannot be written; an existing file is left unchanged.
     """
     final = Path(path)
     temporary = final.with_name(f".{final.name[:100]}.{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}.tmp")
@@ -88,10 +88,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str, *, fsync: bool = False) -> None:
-    """Write a file that is there whole or not at all; text as UTF-8.
+    """Write a file completely or not at all; text is encoded as UTF-8.
 
     Raises:
-        OSError: As the file system gives it; an existing file is then left as it was.
+        OSError: The file cannot be written; an existing file is left unchanged.
     """
     with replacing(path) as temporary, open(temporary, "xb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -124,8 +124,8 @@ def try_lock(path: str | os.PathLike[str]) -> int | None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine has this id; True where that cannot be known."""
-    if os.name == "nt" or pid == os.getpid():  # there os.kill would end the process
+    """Whether a process on this machine has this id; True if that cannot be known."""
+    if os.name == "nt" or pid == os.getpid():  # on Windows, os.kill would end the process
         return True
     try:
         os.kill(pid, 0)
@@ -137,15 +137,15 @@ def is_alive(pid: int) -> bool:
 
 
 def job_identity(*more: str) -> str | None:
-    """A name for this distributed job on this machine, the same in all its ranks; None outside of one.
+    """A name for this distributed job on this machine, the same in all its ranks; None outside of a job.
 
     Ranks of one machine are children of one launcher (``torchrun``, ``mp.spawn``), so the launcher's process id and the
     job's master address and port name the job.
 
     Args:
-        more: What the name is for; other words give another name.
+        more: Words to include in the name; different words give different names.
     """
-    dist = sys.modules.get("torch.distributed")  # whoever did not import it has not initialised it either
+    dist = sys.modules.get("torch.distributed")  # if it was never imported, it was never initialised
     if dist is not None and dist.is_available() and dist.is_initialized():
         size = dist.get_world_size()
     else:
@@ -166,6 +166,6 @@ def free_bytes(path: str | os.PathLike[str]) -> int:
 
 
 def show(path: str | os.PathLike[str]) -> str:
-    """A path for people: bytes that are no text, and control characters, are escaped."""
+    """A path to print: undecodable bytes and control characters are escaped."""
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -360,7 +360,7 @@ def test_the_engine_keeps_the_protocol(shared: Any) -> None:
         ({"num_inference_steps": 0}, "num_inference_steps 0 does not fit the schedule; use 1 to 1000 steps"),
         (
             {"guidance_interval": (0.8, 0.2)},
-            "guidance_interval (0.8, 0.2) is no range within [0, 1]; use for example (0.2, 0.8)",
+            "guidance_interval (0.8, 0.2) is not a range within [0, 1]; use for example (0.2, 0.8)",
         ),
         ({"batch_size": 0}, "batch_size 0 leaves no room for a sample; use at least 1"),
         ({"resolution": 2}, "resolution 2 is too small for this model; use at least 4"),
@@ -395,7 +395,7 @@ def test_models_without_a_size_need_a_resolution() -> None:
             lambda p: p.unet.register_to_config(encoder_hid_dim_type="ip_image_proj"),
             r"text features \(ip_image_proj\)",
         ),
-        (lambda p: p.scheduler.register_to_config(thresholding=True), "has a DDIMScheduler, for which no native sampler"),
+        (lambda p: p.scheduler.register_to_config(thresholding=True), "has a DDIMScheduler, which no native sampler"),
         (lambda p: p.scheduler.register_to_config(prediction_type="flow_prediction"), "predicts 'flow_prediction'"),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_store_may_have_originals_beside_its_own_folders(tmp_path, below, ours
 
 def test_some_class_names_that_name_no_folder_are_told(tmp_path, caplog):
     list_folder(plain_folder(tmp_path, 1), {"cat": "tabby cat", "bird": "robin"})
-    assert "1 class names belong to no class folder, such as 'bird'" in caplog.text
+    assert "1 class names match no class folder, such as 'bird'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["---", "\u200b", "+++", "__-__"])

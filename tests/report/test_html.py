@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -136,8 +137,8 @@ def test_a_cut_is_stated(tmp_path):
     page = Page(read(path))
     text = " ".join(" ".join(page.text).split())
     assert "sample of 10 of 12 originals" in text
-    assert "3 of the 10 originals that were looked at" in text
-    assert "cut at 12 embedded pictures" in text
+    assert "3 of the 10 measured originals" in text
+    assert "limited to 12 embedded pictures" in text
     assert len([tag for tag, _ in page.tags if tag == "article"]) == 3
 
 
@@ -147,9 +148,19 @@ def test_a_report_without_scorer_originals_or_captions_says_what_is_missing(tmp_
     path = tmp_path / "new" / "folder" / "report.html"
     write_report(path, captions, variants, recipe, originals=tmp_path / "nowhere")
     text = " ".join(" ".join(Page(read(path)).text).split())
-    for part in ("There was no scorer", "2 of the originals could not be found", "original not found", "only counts are known"):
+    for part in ("No scorer was used", "2 of the originals could not be found", "original not found", "only counts are known"):
         assert part in text
     assert "Vendi score" not in text
+
+
+def test_a_caption_that_contradicts_its_label_is_marked_and_can_be_filtered(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path, labels=("red",), per_class=2)
+    captions.put(replace(next(iter(captions)), contradiction="words, scorer"))
+    write_report(tmp_path / "r.html", captions, variants, recipe.replace(on_contradiction="keep"))
+    html = (tmp_path / "r.html").read_text()
+    assert html.count("contradicts the label, by words and scorer") == 1
+    assert [state.split() for state in re.findall(r'data-state="([^"]*)"', html)].count(["rejected", "contradicts"]) == 1
+    assert '<option value="contradicts">' in html
 
 
 class Wrong(ColourScorer):

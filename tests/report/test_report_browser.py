@@ -148,7 +148,7 @@ def test_filters_work_alone_together_and_without_a_hit(page):
     assert texts(page, "#count") == ["3 of 9"]
     choose(page, "state", "kept")
     assert texts(page, "article") == []
-    assert "No image fits" in texts(page, "#none")[0]
+    assert "No image matches" in texts(page, "#none")[0]
     choose(page, "state", "")
     choose(page, "search", "ALERT  Blue/2.png")  # every word, in any case
     assert texts(page, "article h3") == ["blue"]

@@ -69,7 +69,7 @@ def test_outcomes_arrive_as_they_were_sent(pair: Pair) -> None:
 def test_an_answer_to_another_question_is_refused(pair: Pair, other: list[Wanted]) -> None:
     asked = [wish("a"), wish("b")]
     send_frame(pair[0], "outcomes", items=outcome_header(other, [Outcome(Status.STORED)] * len(other)))
-    with pytest.raises(ValueError, match="answered another question"):
+    with pytest.raises(ValueError, match="answered a different request"):
         outcomes_of(recv_frame(pair[1]), asked)
 
 

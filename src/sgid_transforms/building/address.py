@@ -1,4 +1,4 @@
-"""Under which key the variants of an image are stored: everything that decides their pixels beside the recipe."""
+"""The key under which an image's variants are stored: it covers everything besides the recipe that decides their pixels."""
 
 import bisect
 import itertools
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class CurrentVariant(NamedTuple):
-    """A stored variant, the key of its image, and whether training finds it: None where its record does not tell."""
+    """A stored variant, the key of its image, and whether training finds it: None if its record does not tell."""
 
     ref: VariantRef
     image_key: str
@@ -38,12 +38,12 @@ def batched(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
 class Address:
     """The keys of a recipe's variants, image by image.
 
-    A key holds what the image's record contributes to the pixels: label and caption where the prompt template names them, the
-    guidance scale, and the scorer where it had a say. Change one of them, and the old variants are not found any more.
+    A key covers what the image's record contributes to the pixels: label and caption if the prompt template names them, the
+    guidance scale, and the scorer if it was used. When one of them changes, the old variants are no longer found.
 
     Args:
         recipe: What is generated.
-        captions: Where the contexts that travel come from (``Recipe.caption_from``).
+        captions: Where the contexts of other images come from (``Recipe.caption_from``).
     """
 
     def __init__(self, recipe: Recipe, captions: CaptionStore) -> None:
@@ -57,10 +57,10 @@ class Address:
         self._scored = isinstance(recipe.guidance, SimilarityGuidance) or needs_clip(recipe.filters)
 
     def caption(self, record: CaptionRecord, variant: int) -> tuple[str, str]:
-        """The caption in the prompt of one variant of a record's image, and the key of the image that it was written about.
+        """The caption for the prompt of one variant of a record's image, and the key of the image that it was written for.
 
-        With ``caption_from="class"`` or ``"dataset"``, it is the context of an image that is drawn by the recipe's fingerprint,
-        the image's key and the variant's number; a class of which no image lends its context keeps its own captions.
+        With ``caption_from="class"`` or ``"dataset"``, it is the context of another image, drawn by the recipe's fingerprint,
+        the image's key and the variant's number. Images of a class without contexts keep their own captions.
 
         Raises:
             MissingCaptionError: The recipe draws from contexts, and the caption store has none.
@@ -75,8 +75,8 @@ class Address:
         return context_of(record.caption) if recipe.on_contradiction == "context" else "", record.key
 
     def _lenders_of(self, label: str | None) -> "_Lenders | None":
-        """Those of one class, or of all for None."""
-        if not self._lenders:  # read once, and again for as long as there are none
+        """The lenders of one class, or of all classes for None."""
+        if not self._lenders:  # read once; read again while there are none
             rows = self._captions.contexts()
             if not rows:
                 raise MissingCaptionError(
@@ -89,7 +89,7 @@ class Address:
         return self._lenders.get(label)
 
     def key(self, record: CaptionRecord, variant: int, label: str | None = None) -> str | None:
-        """The key of one variant of a record's image, or None where its prompt needs a label and there is none.
+        """The key of one variant of a record's image, or None if its prompt needs a label and there is none.
 
         Args:
             record: What is known about the image.
@@ -113,14 +113,14 @@ class Address:
     def find(self, variants: VariantStore, record: CaptionRecord, key: str, variant: int, *, pil: bool) -> Any | None:
         """A stored variant as a PIL image or a uint8 tensor ``(3, H, W)``, or None.
 
-        Stores of version 0.1 knew nothing of texts in their keys. Such a variant is found by its image's key alone, and taken
-        where its provenance says that it was made under this very label, caption and guidance scale.
+        Stores of version 0.1 have no text in their keys. Such a variant is found by its image's key alone, and is used if its
+        provenance has the same label, caption and guidance scale.
         """
         found: Any = (variants.get_pil if pil else variants.get_image)(self.recipe, key, variant)
         if found is not None or not variants.may_have_old_keys(self.recipe):
             return found
         old = variants.get(self.recipe, record.key, variant)
-        if old is None or not self._made_under(record, old.provenance):
+        if old is None or not self._made_under(record, variant, old.provenance):
             return None
         return variants.get_pil(self.recipe, record.key, variant) if pil else old.image
 
@@ -147,24 +147,26 @@ class Address:
                 if record is not None:
                     try:
                         key = self.key(record, ref.variant)
-                    except MissingCaptionError:  # no contexts to draw from: nobody can tell
+                    except MissingCaptionError:  # no contexts to draw from, so it cannot be told
                         key = None
                     yield CurrentVariant(ref, ref.image_key, None if key is None else key == ref.key)
                 elif old and (record := records.get(ref.key)) is not None:
                     found = None if failures else variants.get(self.recipe, ref.key, ref.variant)
-                    yield CurrentVariant(ref, ref.key, found is not None and self._made_under(record, found.provenance))
+                    yield CurrentVariant(
+                        ref, ref.key, found is not None and self._made_under(record, ref.variant, found.provenance)
+                    )
                 else:
                     yield CurrentVariant(ref, ref.image_key, None)
 
-    def _made_under(self, record: CaptionRecord, made: Provenance) -> bool:
-        same_text = made.label == record.label and (not self._captioned or made.caption == record.caption)
+    def _made_under(self, record: CaptionRecord, variant: int, made: Provenance) -> bool:
+        same_text = made.label == record.label and (not self._captioned or made.caption == self.caption(record, variant)[0])
         return same_text and made.guidance_scale == guidance_scale(self.recipe.guidance, record.rank)
 
 
 class _Lenders:
-    """Images that lend their contexts, in a circle: whoever stands next to a drawn place is taken.
+    """Images that lend their contexts, arranged in a circle: the one next to the drawn place is taken.
 
-    So the loss of one lender changes only the draws that met it, and not, as a list would, nearly all.
+    When a lender is removed, only the draws that hit it change. With a list, nearly all would.
     """
 
     def __init__(self, rows: Iterable[tuple[str, str | None, str]]) -> None:

@@ -1,4 +1,4 @@
-"""From "variant 2 of this image" to a stored variant: what the service runs, and a process without a service, too."""
+"""From "variant 2 of this image" to a stored variant: used by the service, and by a process without a service."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from sgid_transforms.variants.store import VariantStore
 
 _log = logging.getLogger("sgid_transforms")
 
-_MAX_BYTES = 96 << 20  # of the originals that the model has in work at one time
+_MAX_BYTES = 96 << 20  # of the originals that the model works on at a time
 
 CLIP = "openai/clip-vit-base-patch32"
 
@@ -37,7 +37,7 @@ GeneratorFactory = Callable[..., Generate]
 
 @dataclass(frozen=True)
 class BuilderSpec:
-    """All that is needed to set up a `Builder` in any process; pickles small.
+    """All that is needed to set up a `Builder` in any process; small when pickled.
 
     Args:
         recipe: What to make.
@@ -47,9 +47,9 @@ class BuilderSpec:
         generator: Loads the generator; None: the package's own.
         options: Keyword arguments for it.
         captioner: The captioner that captions on demand; None: no captions on demand.
-        scorer: The CLIP model that scores them, and that the recipe's filters ask.
+        scorer: The CLIP model that scores them, also used by the recipe's filters.
         labels: Class names that the label check chooses from; None: those of the caption store.
-        count: Called with increments by the names of their counters.
+        count: Called with increments as keyword arguments, named after the counters.
         batch_size: Requests that a generator without a ``stream`` gets at once.
     """
 
@@ -70,7 +70,7 @@ class BuilderSpec:
 
         Raises:
             ModelLoadError: A model cannot be loaded.
-            ServiceError: CUDA is asked for in a forked process.
+            ServiceError: CUDA is requested in a forked process.
         """
         options = dict(self.options)
         if self.generator is None:
@@ -94,7 +94,7 @@ class BuilderSpec:
         )
 
     def _filter_options(self) -> dict[str, Any]:
-        """What the recipe's filters need: the class names that a label is told from, and a CLIP model."""
+        """What the recipe's filters need: the class names to tell a label from, and a CLIP model."""
         options: dict[str, Any] = {} if self.scorer is None else {"clip": self.scorer}
         if self.recipe.filters.label_check != "none":
             known = {record.label for record in self.captions if record.label} if self.labels is None else self.labels
@@ -107,12 +107,12 @@ class Builder:
 
     Args:
         recipe: What to make.
-        generate: The generator. Its ``tokenizer`` and ``max_tokens``, where it has them, bound the prompts; its ``stream``,
-            where it has one, pulls what waits whenever it has room.
+        generate: The generator. Its ``tokenizer`` and ``max_tokens``, if any, limit the prompts; its ``stream``, if any, pulls
+            waiting requests whenever it has room.
         variants: Where variants are looked up and stored.
         captions: What is known about the images, and where captions written on demand are kept.
         describer: Writes captions on demand; None: an image without a caption cannot have a variant.
-        count: Called with increments by the names of their counters.
+        count: Called with increments as keyword arguments, named after the counters.
         batch_size: Requests that a generator without a ``stream`` gets at once.
     """
 
@@ -136,7 +136,7 @@ class Builder:
         self._warned = False
 
     def __call__(self, wanted: Sequence[Wanted]) -> list[Outcome]:
-        """Make variants, or notice that somebody made them meanwhile; equal ones are made once.
+        """Make variants, unless they exist already; equal requests are deduplicated.
 
         Raises:
             Exception: What the generator raises. A request that it could not fulfil is an outcome with a ``reason``.
@@ -154,7 +154,7 @@ class Builder:
         return [outcomes[one.name] for one in wanted]
 
     def count(self, outcome: Outcome) -> None:
-        """Count what came about, where nobody else does: `stream` leaves that to who asked."""
+        """Count an outcome. `stream` does not count; its caller does."""
         if outcome.counter is not None:
             self._count(**{outcome.counter: 1})
 
@@ -162,8 +162,8 @@ class Builder:
         """Pull wanted variants whenever the generator has room for them, and yield each group that is done.
 
         Args:
-            pull: Hands over up to so many that wait, fewer where fewer wait. After an answer of none, and with nothing left in
-                work, the stream ends. Of large photos, fewer are asked for at once.
+            pull: Hands over up to the given number of waiting variants, or fewer if fewer wait. When it returns none and all
+                work is done, the stream ends. Large photos are pulled in smaller numbers.
         """
         asked: dict[GenerationRequest, tuple[Wanted, CaptionRecord, str]] = {}
         done: list[tuple[Wanted, Outcome]] = []
@@ -193,7 +193,7 @@ class Builder:
         stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
         for results in stream(source):
             done += [(asked[request][0], self._finish(*asked.pop(request), request, result)) for request, result in results]
-            del results  # their pixels would stay until there are new ones
+            del results  # else their pixels stay in memory until the next group
             yield done
             done = []
         if done:
@@ -202,9 +202,9 @@ class Builder:
     def _plans(
         self, wanted: Sequence[Wanted]
     ) -> Iterator[tuple[Wanted, Outcome | tuple[GenerationRequest, CaptionRecord, str]]]:
-        """What the model is to be asked for each wanted variant, or the outcome where it is not to be asked."""
+        """The request to the model for each wanted variant, or its outcome if no request is needed."""
         named: list[Wanted] = []
-        for one in wanted:  # one malformed wish must not fail the others
+        for one in wanted:  # one malformed request must not fail the others
             try:
                 layout.stem(one.key, one.variant)
                 named.append(one)
@@ -262,7 +262,7 @@ class Builder:
     def _finish(
         self, one: Wanted, record: CaptionRecord, key: str, request: GenerationRequest, result: GenerationResult
     ) -> Outcome:
-        """Store what was made, or remember that nothing can be."""
+        """Store what was made, or remember that it cannot be made."""
         made = result.image
         if made is None and result.failed:
             return Outcome(Status.FAILED, result.reason or "no image", made=True)
@@ -276,7 +276,7 @@ class Builder:
         return Outcome(Status.STORED, image=made, made=True)
 
     def _write(self, write: Callable[[], object], what: str) -> bool:
-        """Whether ``write`` succeeded; a store that cannot be written costs the reuse of variants, not the training."""
+        """Whether ``write`` succeeded. If a store cannot be written, variants are not reused, but training goes on."""
         try:
             write()
         except StoreError as error:
@@ -316,7 +316,7 @@ class Builder:
 
 
 def auto_models(recipe: Recipe, captioner: Any = "auto", scorer: Any = "auto") -> tuple[Any, Any]:
-    """Captioner and scorer, where ``"auto"`` stands for those that go with the recipe's model: the bundled ones for ``"tiny"``,
+    """Captioner and scorer, where ``"auto"`` stands for those that fit the recipe's model: the bundled ones for ``"tiny"``,
     else BLIP and CLIP."""
     bundled = recipe.model == "tiny"
     return (

@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 class Status(Enum):
     """What became of a wanted variant."""
 
-    STORED = "stored"  # now, or by somebody else before: look it up
+    STORED = "stored"  # now, or earlier by another process: look it up
     FILTERED = "filtered"  # every attempt was rejected, for good; the store remembers it
-    FAILED = "failed"  # an accident, which may not repeat itself
+    FAILED = "failed"  # an error, which may not happen again
 
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """One variant that is wanted; equal names are the same work.
+    """One variant that is wanted; equal names mean the same variant.
 
     Args:
-        key: Of the original image.
+        key: Key of the original image.
         variant: Its number.
         image: The original, uint8 ``(3, H, W)``.
         label: Class name in words, for an image whose record has none.
@@ -34,7 +34,7 @@ class Wanted:
 
     @property
     def name(self) -> tuple[str, int]:
-        """What tells it from all others of its recipe."""
+        """What identifies it within its recipe."""
         return self.key, self.variant
 
 
@@ -46,7 +46,7 @@ class Outcome:
         status: Whether it can be looked up.
         reason: Why not, in words.
         image: uint8 ``(3, H, W)``, only where the store could not be written, so that nobody can look it up.
-        made: Whether it came about for this very wish, which is then counted.
+        made: Whether it was made for this request, and is counted with it.
     """
 
     status: Status

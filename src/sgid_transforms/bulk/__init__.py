@@ -1,7 +1,7 @@
 """Captions and variants of a whole folder of class folders: what ``sgid caption`` and ``sgid generate`` do.
 
-Everything that is done is on the disk when the next step begins, so a job can be killed at any moment and called again: it
-goes on with what is missing. Several processes may work on the same stores at once.
+Each step is on disk before the next one begins, so a job can be killed at any moment; run it again to resume. Several processes
+may work on the same stores at once.
 """
 
 from sgid_transforms.bulk.captioning import CaptionReport, caption_folder, scan_folder

@@ -25,9 +25,10 @@ class CaptionReport:
         captioned: Those that were captioned now.
         scored: Those whose similarity was computed now.
         skipped: What was left out, and why.
-        stopped: Whether it was asked to stop before the end.
-        turned: Images that their EXIF orientation turned.
-        duplicates: Files that hold a picture of their class once more.
+        stopped: Whether it was stopped before the end.
+        turned: Images that were turned by their EXIF orientation.
+        duplicates: Files that repeat a picture of the same class.
+        contradictions: Images in the store whose caption contradicts their label; counted where there was something to do.
     """
 
     images: int
@@ -37,6 +38,7 @@ class CaptionReport:
     stopped: bool
     turned: int
     duplicates: int
+    contradictions: int = 0
 
 
 def scan_folder(data: str | os.PathLike[str], class_names: Mapping[str, str] | None = None, *, progress: bool = False) -> Scan:
@@ -63,15 +65,15 @@ def caption_folder(
     progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> CaptionReport:
-    """Caption every image, score it against its prompt, and rank the scores. What is there, and still holds, is kept.
+    """Caption every image, score it against its prompt, and rank the scores. Existing results that still apply are kept.
 
     Args:
         scan: The images.
-        recipe: Its prompt template and its model decide.
+        recipe: Its prompt template and its model decide the result.
         captions: Where the result goes.
-        models: Which models.
+        models: Which models to use.
         progress: Show a progress bar.
-        stop: Asked between images; when it says True, the job ends early.
+        stop: Called between images; when it returns True, the job ends early.
 
     Raises:
         ModelLoadError: A model cannot be loaded.
@@ -101,4 +103,6 @@ def caption_folder(
         done = complete(entries(), captions, describer, lambda: stopped)
     skipped = (*scan.skipped, *(Skipped(Path(path or ""), reason) for path, reason in done.failed))
     turned = sum(image.turned for image in scan.images)
-    return CaptionReport(len(scan.images), done.captioned, done.scored, skipped, stopped, turned, scan.duplicates)
+    return CaptionReport(
+        len(scan.images), done.captioned, done.scored, skipped, stopped, turned, scan.duplicates, done.contradictions
+    )

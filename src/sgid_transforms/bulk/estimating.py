@@ -23,8 +23,8 @@ class Estimate:
     Args:
         images: different pictures in this shard.
         captions_missing: pictures without a caption, in the whole folder.
-        wanted: variants that the pictures of this shard should have, together.
-        missing: those that are not there yet.
+        wanted: total number of variants that the pictures of this shard should have.
+        missing: those that do not exist yet.
         sampled: variants that were made to measure.
         seconds_per_caption, seconds_per_variant: measured, after a warm-up; 0 where nothing is missing.
         bytes_per_variant: measured.
@@ -45,12 +45,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The whole job, on this device, without loading the models."""
+        """Seconds for the whole job on this device, without loading the models."""
         return self.captions_missing * self.seconds_per_caption + self.missing * self.seconds_per_variant
 
     @property
     def bytes(self) -> int:
-        """Disk space for the variants that are missing."""
+        """Disk space for the missing variants."""
         return round(self.missing * self.bytes_per_variant)
 
 
@@ -66,11 +66,11 @@ def estimate_folder(
     sample: int = 16,
     progress: bool = False,
 ) -> Estimate:
-    """Measure on a sample what `generate_folder` would take. Nothing is written but temporary files.
+    """Measure on a sample what `generate_folder` would take. Only temporary files are written.
 
     Args:
-        sample: how many variants to make; they are spread evenly over those that are missing.
-        scan, recipe, captions, variants, count, shard, models, progress: as there.
+        sample: how many variants to make; they are spread evenly over the missing ones.
+        scan, recipe, captions, variants, count, shard, models, progress: as for `generate_folder`.
     """
     if count < 1:
         raise RecipeError(f"{count} variants per image are too few; ask for at least 1")

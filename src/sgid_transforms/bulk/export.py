@@ -1,4 +1,4 @@
-"""Variants as an ordinary folder of class folders, for programs that know nothing of a variant store."""
+"""Export variants to an ordinary folder of class folders, for programs that cannot read a variant store."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import Variant, VariantRef, VariantStore
 
 METADATA = EXPORT_METADATA
-_LONGEST_STEM = 180  # bytes; with what is added, and a temporary name, below the 255 of most file systems
+_LONGEST_STEM = 180  # bytes; with suffixes and a temporary name, this stays below the 255 of most file systems
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ExportReport:
 
     Args:
         variants: variants in the folder now.
-        images_with_variants: how many images they are of.
+        images_with_variants: how many images have variants.
         originals: original images in the folder now.
         skipped: what was left out, and why.
     """
@@ -49,21 +49,21 @@ def export_folder(
 ) -> ExportReport:
     """Copy the variants of a folder's images to ``out/<class folder>/<stem>-<key>-<number>.<ending>``.
 
-    Beside them goes a ``metadata.jsonl`` as Hugging Face's imagefolder reads it: ``file_name``, ``text`` (the prompt),
-    ``label``, and where the variant comes from. Images are copied byte by byte, what is there already is not copied again.
+    A ``metadata.jsonl`` for Hugging Face's imagefolder is written beside them: ``file_name``, ``text`` (the prompt), ``label``,
+    and where the variant comes from. Images are copied byte by byte; existing files are not copied again.
 
     Args:
-        scan: the original images; class folders are named as theirs.
+        scan: the original images; class folders get the same names.
         recipe: whose variants.
         variants: where they are.
-        out: new, empty, or an earlier export of the same recipe.
-        captions: leave out variants that were made under another caption or label than the present one; without it, the newest
-            variant of each number is taken.
-        originals: copy the originals, too, under their own names.
-        progress: wraps the images while they are walked through, as ``tqdm`` does.
+        out: a folder that is new, empty, or an earlier export of the same recipe.
+        captions: leaves out variants that were made with an outdated caption or label; without it, the newest variant of each
+            number is taken.
+        originals: also copy the originals.
+        progress: wraps the iterable of images, as ``tqdm`` does.
 
     Raises:
-        FolderError: ``out`` holds something else, or overlaps with the images, or cannot be written.
+        FolderError: ``out`` holds something else, overlaps with the images, or cannot be written.
     """
     top = Path(out)
     _check_target(top, scan, recipe)
@@ -123,14 +123,14 @@ def _known_variants(recipe: Recipe, variants: VariantStore, captions: CaptionSto
                 known.setdefault(image_key, {})[ref.variant] = ref
         return known
     for ref in sorted(variants.iter(recipe), key=lambda ref: ref.path.stat().st_mtime):
-        for image_key in (ref.image_key, ref.key):  # a store of version 0.1 has the image's key alone
+        for image_key in (ref.image_key, ref.key):  # stores of version 0.1 use the image's key alone
             known.setdefault(image_key, {})[ref.variant] = ref
     return known
 
 
 def _variants_of(recipe: Recipe, variants: VariantStore, refs: Mapping[int, VariantRef]) -> Iterator[tuple[int, Variant]]:
     for number, ref in sorted(refs.items()):
-        variant = variants.get(recipe, ref.key, number)  # reads it whole, and so leaves damaged ones out
+        variant = variants.get(recipe, ref.key, number)  # reads the whole file, so damaged ones are left out
         if variant is not None:
             yield number, variant
 
@@ -167,7 +167,7 @@ def _line(image: KnownImage, recipe: Recipe, number: int, variant: Variant, file
 
 
 def _stem(image: KnownImage) -> str:
-    """The file's own name, as far as every file system and every reader of JSON takes it."""
+    """The file's own name, changed so that every file system and every reader of JSON accepts it."""
     stem = _text(image.file.path.stem)
     while len(stem.encode()) > _LONGEST_STEM:
         stem = stem[:-1]
@@ -180,7 +180,7 @@ def _text(name: str) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file, in one step for whoever looks, unless it is there already."""
+    """Copy a file atomically, unless it is already there."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:

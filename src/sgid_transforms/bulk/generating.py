@@ -29,14 +29,14 @@ class GenerateReport:
     """What `generate_folder` did.
 
     Args:
-        captions: what it did about captions.
+        captions: what was captioned.
         images: different pictures in this shard.
-        wanted: variants that they should have, together.
-        present: those that were there already.
+        wanted: total number of variants that they should have.
+        present: those that already existed.
         generated: those that were made now.
         filtered: those that the recipe's filters rejected, now or earlier; they are not tried again.
         failed: what could not be made, and why; it is tried again next time.
-        stopped: whether it was asked to stop before the end.
+        stopped: whether it was stopped before the end.
         seconds: time that the generation took.
     """
 
@@ -63,24 +63,24 @@ def generate_folder(
     progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> GenerateReport:
-    """Make variants 0 to ``count - 1`` of every image that does not have them, after captioning what has no caption.
+    """Caption the images that have no caption, then make all missing variants, numbered 0 to ``count - 1``.
 
     Args:
         scan: The images.
         recipe: What to make.
-        captions: Captions by image; all images are captioned, whatever the shard, since ranks are of the whole data set.
+        captions: Captions by image; all images are captioned, whatever the shard, since ranks need the whole data set.
         variants: Where the variants go.
         count: Variants per image.
         shard: The share of the images to work on; None: all.
-        models: Which models.
+        models: Which models to use.
         progress: Show progress bars.
-        stop: Asked before the model takes more; when it says True, the job ends with everything that was begun stored.
+        stop: Called before the model takes more; when it returns True, the job stores what has begun and ends.
 
     Raises:
         ModelLoadError: A model cannot be loaded.
         StoreError: A store cannot be read or written.
         FolderError: The variant store is the images' folder, or one of its class folders.
-        GenerationError: The model itself fails, and not a request.
+        GenerationError: The model itself fails, not just a request.
     """
     if count < 1:
         raise RecipeError(f"{count} variants per image are too few; ask for at least 1")
@@ -89,11 +89,11 @@ def generate_folder(
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
     _, todo = missing_variants(images, recipe, captions, variants, count)
-    # The generator comes first: if it cannot be loaded, that is better known before than after an hour of captioning.
+    # Load the generator first: if it cannot be loaded, fail now and not after an hour of captioning.
     builder = build(scan, recipe, captions, variants, models) if todo and not stop() else None
     described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
     filtered, todo = missing_variants(images, recipe, captions, variants, count)
-    if todo and builder is None and not described.stopped:  # new captions gave variants that were there new addresses
+    if todo and builder is None and not described.stopped:  # new captions changed the keys of existing variants
         builder = build(scan, recipe, captions, variants, models)
     wanted = len(images) * count
     work = Work(todo, stop)
@@ -102,7 +102,7 @@ def generate_folder(
         with tqdm(total=wanted, initial=wanted - len(todo), desc="variants", unit="img", disable=not progress) as bar:
             try:
                 work.run(builder, bar.update)
-            except (SGIDError, MemoryError, torch.OutOfMemoryError):  # the last two say what to do about it
+            except (SGIDError, MemoryError, torch.OutOfMemoryError):  # the last two already say what to do
                 raise
             except Exception as error:
                 raise GenerationError(f"the model failed: {type(error).__name__}: {error}") from error
@@ -147,27 +147,27 @@ def build(scan: Scan, recipe: Recipe, captions: CaptionStore, variants: VariantS
 
 
 class Work:
-    """The variants that are to be made, handed to a builder one after the other, and what became of them.
+    """Hands the missing variants to a builder one by one, and collects their outcomes.
 
     Args:
         todo: Images with the numbers of their variants.
-        stop: Asked before more is handed over.
+        stop: Called before more is handed over; True stops the work.
     """
 
     def __init__(self, todo: Sequence[tuple[KnownImage, int]], stop: Callable[[], bool] = lambda: False) -> None:
         self._waiting = deque(todo)
         self._stop = stop
-        self._files: dict[tuple[str, int], KnownImage] = {}  # of what the builder has in work
+        self._files: dict[tuple[str, int], KnownImage] = {}  # those that the builder is working on
         self._last: tuple[str, Tensor] | None = None
         self.generated = self.filtered = 0
         self.failed: list[Skipped] = []
         self.stopped = False
 
     def run(self, builder: Builder, done: Callable[[int], object] = lambda count: None) -> None:
-        """Make everything; ``done`` is told how many more are through.
+        """Make all variants; ``done`` is called with the number of newly finished ones.
 
         Raises:
-            StoreError: Variants cannot be stored: to go on would be in vain.
+            StoreError: Variants cannot be stored, so going on would be pointless.
         """
         through = 0
         while self._waiting and not self.stopped:

@@ -1,4 +1,4 @@
-"""What there is to do over a whole folder, and with which models: decided without loading any."""
+"""Plan a job over a whole folder: what is missing, and which models to use. No model is loaded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class Shard:
 def missing_variants(
     images: Sequence[KnownImage], recipe: Recipe, captions: CaptionStore, variants: VariantStore, count: int
 ) -> tuple[int, list[tuple[KnownImage, int]]]:
-    """How many were filtered for good, and those that are neither there nor filtered, image by image."""
+    """How many variants were filtered for good, and the missing ones (neither stored nor filtered), image by image."""
     address = Address(recipe, captions)
     records = captions.get_many([image.key for image in images]) if captions.path.exists() else {}
     filtered = 0

@@ -26,7 +26,7 @@ from sgid_transforms.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from sgid_transforms.bulk import Estimate, GenerateReport
+    from sgid_transforms.bulk import CaptionReport, Estimate, GenerateReport
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def caption(
         table(
             [
                 ("images", f"{done.images} in {len(scan.classes)} classes ({done.duplicates} duplicates)"),
-                ("captions", f"{done.captioned} written now, {done.images - done.captioned} there already"),
+                ("captions", f"{done.captioned} written now, {done.images - done.captioned} there already{_against(done)}"),
                 ("store", str(captions)),
             ]
         )
@@ -174,13 +174,17 @@ def _say_report(done: "GenerateReport", classes: int, variants: Path, data: Path
     table(
         [
             ("images", f"{done.images} in {classes} classes ({captions.duplicates} duplicates)"),
-            ("captions", f"{captions.captioned} written now"),
+            ("captions", f"{captions.captioned} written now{_against(captions)}"),
             ("variants", f"{done.wanted} wanted: {', '.join(parts)}"),
             ("store", str(variants)),
         ]
     )
     list_skipped("left out", captions.skipped, data)
     list_skipped("failed", done.failed, data)
+
+
+def _against(captions: "CaptionReport") -> str:
+    return f", {captions.contradictions} contradict their label" if captions.contradictions else ""
 
 
 def _say_estimate(estimate: "Estimate", data: Path) -> None:

@@ -48,12 +48,12 @@ from sgid_transforms.models.loading import quiet
 # Kandinsky's combined pipelines hand their list of generators to a prior that doubles the batch, and run out of it.
 _ONE_IMAGE_PER_CALL = ("KandinskyImg2ImgCombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline")
 
-# Text lengths that these pipelines have in their code, whatever their tokenizer says.
+# Text lengths that are hard-coded in these pipelines, whatever their tokenizer says.
 _FIXED_TOKENS = {"IFImg2ImgPipeline": 77, "Kandinsky3Img2ImgPipeline": 128}
 
 _UNION_TILE = 6  # ControlNet-Union's number for "tile": the control image is the picture itself
 
-_UNSAID_RESOLUTION = 1024  # what those pipelines were made for that do not say it: Kandinsky 3, Z-Image
+_UNSAID_RESOLUTION = 1024  # of pipelines whose config does not name it: Kandinsky 3, Z-Image
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class CallTraits:
     """What one call of a pipeline takes.
 
     Args:
-        strength: It has a ``strength``; without one it edits by instruction and decides by itself how far to go.
+        strength: It has a ``strength``; without one, it edits by instruction and decides by itself how much to change.
         strength_in_schedule: Strength shapes the list of timesteps (LCM), so that only equal strengths can share a call;
             elsewhere it only says how many steps are run.
         guidance: Name of the argument that is the classifier-free guidance scale, or None.
         distilled_guidance: Guidance is an input of the network, at no extra cost, and 1 does not switch it off.
         negative_prompt: It has a ``negative_prompt``.
         size: It has ``height`` and ``width``; without them the size is that of the image it is given.
-        max_area: It rescales the size to an area of its own, unless it is told the area.
+        max_area: It rescales images to its own area, unless it is told the area.
         control_image: It needs a control image.
-        control_mode: It needs to know of what kind the control image is.
+        control_mode: It needs to know the kind of the control image.
         perturbed_attention: It evaluates a third, perturbed row per sample (PAG).
         one_image_per_call: A list of images would be taken as several views of one subject, or is refused.
     """
@@ -89,7 +89,7 @@ class CallTraits:
 
 
 def call_traits(pipeline: Any) -> CallTraits:
-    """What one call of a pipeline takes, by its signature."""
+    """What one call of a pipeline takes, judged by its signature."""
     names = _parameters(pipeline)
     guidance = next((name for name in ("guidance_scale", "true_cfg_scale") if name in names), None)
     if "true_cfg_scale" in names and names["guidance_scale"].default is None:
@@ -115,8 +115,8 @@ def call_traits(pipeline: Any) -> CallTraits:
 def group_key(request: GenerationRequest, size: tuple[int, int], traits: CallTraits, num_inference_steps: int) -> Hashable:
     """Requests with equal keys can share one call of a pipeline.
 
-    Strength counts by the steps that it runs. diffusers has two roundings of it, ``int(steps * strength)`` and
-    ``int(steps - steps * strength)``, and both must agree.
+    Strengths are compared by their steps. diffusers rounds in two ways, and both must agree: ``int(steps * strength)`` and
+    ``int(steps - steps * strength)``.
     """
     strength: Hashable = None
     if traits.strength_in_schedule:
@@ -132,12 +132,12 @@ def group_key(request: GenerationRequest, size: tuple[int, int], traits: CallTra
 class PipelineAdapter:
     """Runs requests through a diffusers image-to-image pipeline's own ``__call__``.
 
-    Random numbers are drawn on the CPU from each request's seed, so that a variant does not depend on the batch. One
+    Random numbers are drawn on the CPU from each request's seed, so that they do not depend on the batch. Use it from one
     thread at a time: pipelines and their schedulers keep state.
 
     Args:
         pipeline: A loaded pipeline.
-        sampler: ``"auto"``: the pipeline's own scheduler; another one where the pipeline's family can exchange it.
+        sampler: ``"auto"``: the pipeline's own scheduler; another name works if the pipeline's family can exchange schedulers.
         num_inference_steps: Steps at strength 1.
         resolution: Height and width at which the model works, or one number for an area whose aspect ratio follows the
             image; None: the model's own.
@@ -192,8 +192,8 @@ class PipelineAdapter:
         return self._max_tokens
 
     def evaluations(self, request: GenerationRequest) -> int:
-        """Rows that the network evaluates for a request, by the common rule: one per step, one more under guidance, one
-        more for perturbed attention. The pipeline itself does not tell.
+        """Rows that the network evaluates for a request, by the usual rule: one per step, one more with guidance, one more with
+        perturbed attention. The pipeline itself does not tell.
 
         Raises:
             GenerationError: The strength leaves no step.
@@ -203,7 +203,7 @@ class PipelineAdapter:
         return self._steps_of(request) * (1 + guided + traits.perturbed_attention)
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[Tensor | Exception]:
-        """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it met."""
+        """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it raised."""
         results: dict[int, Tensor | Exception] = {}
         groups: dict[Hashable, list[int]] = {}
         sizes: dict[int, tuple[int, int]] = {}
@@ -227,7 +227,7 @@ class PipelineAdapter:
         return in_batches(self.run, 4 * self.batch_size, pull)
 
     def _steps_of(self, request: GenerationRequest) -> int:
-        steps = steps_to_run(self._steps, request.strength)  # also where strength is ignored: it must be a valid one
+        steps = steps_to_run(self._steps, request.strength)  # even where strength is ignored, it must be valid
         return steps if self.traits.strength else self._steps
 
     def _accept(self, request: GenerationRequest) -> tuple[int, int]:
@@ -246,7 +246,7 @@ class PipelineAdapter:
         images = np.asarray(output.images)
         if images.shape[0] != len(group) or images.ndim != 4 or images.shape[-1] != 3:
             raise ModelLoadError(
-                f"{type(self._pipeline).__name__} answered {len(group)} requests by an array of shape {images.shape}; "
+                f"{type(self._pipeline).__name__} answered {len(group)} requests with an array of shape {images.shape}; "
                 "it is not an image-to-image pipeline that can be used"
             )
         flags = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None) or [False] * len(group)
@@ -264,7 +264,7 @@ class PipelineAdapter:
             "image": each(images),
             "num_inference_steps": self._steps,
             "generator": each([torch.Generator().manual_seed(request.seed) for request in group]),
-            "output_type": "np",  # floats, in which NaN can still be seen
+            "output_type": "np",  # floats, so that NaN can be detected
         }
         if traits.strength:
             arguments["strength"] = first.strength
@@ -286,7 +286,7 @@ class PipelineAdapter:
 
 
 def set_sampler(pipeline: Any, sampler: str) -> None:
-    """Exchange a pipeline's scheduler for the one that a sampler's name stands for.
+    """Replace a pipeline's scheduler by the one that a sampler's name stands for.
 
     Raises:
         RecipeError: The name is unknown, or the pipeline's family is bound to its own scheduler.

@@ -1,4 +1,4 @@
-"""Running work in batches that shrink when memory runs out and that no single bad item can spoil."""
+"""Run work in batches that shrink when memory runs out, and in which one bad item does not fail the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 
 class BatchLimit:
-    """How much one batch may hold, ``value``; halved when memory runs out, and remembered."""
+    """How much one batch may hold, ``value``; lowered for good when memory runs out."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -41,8 +41,8 @@ def run_isolated(
 ) -> list[Result | Exception]:
     """Run ``work`` over ``items`` in batches; one result, or one exception, for each item, in order.
 
-    A batch that runs out of memory is halved, and so are all later ones; a batch that fails otherwise is split until the
-    items to blame are alone. ``work`` must therefore have no effect before it succeeds.
+    A batch that runs out of memory is halved, and so are all later ones; a batch that fails for another reason is split until
+    the failing items are alone. ``work`` must therefore have no side effects before it succeeds.
 
     Args:
         work: takes a list of items and returns one result for each.
@@ -92,8 +92,8 @@ def run_isolated(
 def longest_first(remaining: Sequence[int], costs: Sequence[int], limit: int) -> list[int]:
     """Indices of the samples that take part in the next step: those with the most steps left, as many as fit.
 
-    Serving the longest first keeps batches full to the end: the number of batches is the least possible, the larger of
-    the longest sample and the total divided by the batch (McNaughton 1959).
+    Serving the longest first keeps batches full to the end. The number of batches is then minimal: the larger of the longest
+    sample's steps and the total divided by the batch size (McNaughton 1959).
 
     Args:
         remaining: steps left for each sample.
@@ -113,7 +113,7 @@ def longest_first(remaining: Sequence[int], costs: Sequence[int], limit: int) ->
 
 
 def _fitting(costs: Sequence[int], limit: int) -> int:
-    """How many of the first items fit the limit together; at least one, where there is one."""
+    """How many of the first items fit the limit together; at least one, if there is any."""
     used = 0
     for count, cost in enumerate(costs):
         used += cost

@@ -26,7 +26,7 @@ class Sample:
     request: GenerationRequest
     size: tuple[int, int]
     trajectory: Trajectory
-    guided: tuple[bool, ...]  # at which steps the unconditional half is evaluated
+    guided: tuple[bool, ...]  # for each step, whether the unconditional half is evaluated
     generator: torch.Generator
     prompt: PromptEmbedding | None = None
     negative: PromptEmbedding | None = None
@@ -46,18 +46,18 @@ class Sample:
 
 
 class Denoiser:
-    """Takes samples one step further, each from where it stands.
+    """Takes samples one step further, each from its own timestep.
 
     Args:
         pipeline: the pipeline whose ``unet`` is called.
         schedule: the sampler and its noise levels.
-        limit: rows that one call may have.
-        memory_format: of the UNet's input.
-        row_sizes: row counts to which calls are padded; none: no padding.
+        limit: maximum rows of one call.
+        memory_format: memory format of the UNet's input.
+        row_sizes: row counts to which calls are padded; if empty, no padding.
 
     Attributes:
         device: where the pipeline ran when it was last located.
-        dtype: of the UNet at that time.
+        dtype: the UNet's dtype at that time.
         calls: calls of the UNet so far.
         rows: rows that these evaluated for samples, without padding.
         capacity: rows that the calls had room for.
@@ -111,7 +111,7 @@ class Denoiser:
         negative = [False] * len(active) + [True] * len(guided)
         rows = len(embeddings)
         capacity = next((size for size in self._row_sizes if size >= rows), rows)
-        if capacity > rows:  # repeat the first sample: any row that runs will do
+        if capacity > rows:  # repeat the first sample: any valid row will do
             order = torch.cat([order, order.new_zeros(capacity - rows)])
             embeddings += [embeddings[0]] * (capacity - rows)
             negative += [False] * (capacity - rows)
@@ -151,7 +151,7 @@ class Denoiser:
         return (*size, 0, 0, *size)
 
     def _step_noise(self, active: list[Sample]) -> Tensor:
-        """Fresh noise for each sample that has further steps, from its own generator; drawn once, also when a call repeats."""
+        """Fresh noise for each sample with further steps, from its own generator; drawn once, even if a call is repeated."""
         for sample in active:
             if sample.noise is None:
                 shape = sample.latents.shape if sample.latents is not None else ()

@@ -1,4 +1,4 @@
-"""Texts and images on their way into the UNet, and images on their way out: whole batches, and nothing encoded twice."""
+"""Encode texts and images for the UNet, and decode its latents: in whole batches, and nothing is encoded twice."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PromptEncoder:
         return int(self.tokenizer.model_max_length)
 
     def get(self, texts: Sequence[tuple[str, bool]], limit: BatchLimit) -> list[PromptEmbedding | Exception]:
-        """Embeddings of ``(text, is negative)`` pairs, or the exception that a text met.
+        """Embeddings of ``(text, is negative)`` pairs, or the exception that a text raised.
 
         The empty negative text stands for "no negative prompt", which some SDXL models replace by zeros.
         """
@@ -108,7 +108,7 @@ class LatentCodec:
 
     Args:
         vae: the autoencoder.
-        memory_format: in which to feed it.
+        memory_format: memory format of its inputs.
     """
 
     def __init__(self, vae: Any, memory_format: torch.memory_format = torch.contiguous_format) -> None:
@@ -122,7 +122,7 @@ class LatentCodec:
         self._factor = float(config.scaling_factor) / torch.tensor(std).view(-1, 1, 1)
 
     def encode(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        """What the encoder says about images ``(B, 3, H, W)`` in [0, 1], per image, before anything random.
+        """The encoder's output for each of the images ``(B, 3, H, W)`` in [0, 1], before anything random.
 
         One float32 entry ``(latents,)`` for a deterministic encoder, ``(mean, std)`` for a variational one.
         """
@@ -155,7 +155,7 @@ class LatentCache:
     posterior's mean and deviation are kept, not a sample of it: variants still differ as they would without the cache.
 
     Args:
-        folder: where the files lie; made on the first write.
+        folder: where the files are; created on the first write.
         vae: the autoencoder, whose config and weights go into the digest.
     """
 
@@ -186,7 +186,7 @@ class LatentCache:
             return None
 
     def put(self, key: str, encoded: Sequence[Tensor]) -> None:
-        """Keep an encoder's output; writers on one folder do not disturb each other."""
+        """Store an encoder's output; several processes may write to one folder."""
         from safetensors.torch import save_file
 
         path = self._path(key)

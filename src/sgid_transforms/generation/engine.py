@@ -1,8 +1,8 @@
 """The native engine: heterogeneous requests through one UNet, in full batches.
 
-A diffusers pipeline shares one strength and one guidance scale within a call. Here every sample carries its own: it
-stands at a timestep of its own, is guided by a scale of its own (at a scale of 1 or below, without the unconditional
-half), and leaves when it is done, so that a waiting one takes its place (continuous batching).
+All samples in one call of a diffusers pipeline share one strength and one guidance scale. Here every sample has its own
+timestep and its own guidance scale; at a scale of 1 or below, the unconditional half is skipped. A sample leaves the batch when
+it is done, and a waiting one takes its place (continuous batching).
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from sgid_transforms.generation.support import (
 )
 
 _KEPT_PROMPTS = 256
-_IN_FLIGHT = 4  # batches of samples that are held at once: enough to keep batches full, small beside the model
+_IN_FLIGHT = 4  # batches of samples held at once: enough to keep batches full, small compared to the model
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the UNet did since an engine was made.
+    """What the UNet did since the engine was made.
 
     Args:
-        unet_calls: its calls.
-        unet_rows: rows that it evaluated for requests, the work that they need.
+        unet_calls: calls of the UNet.
+        unet_rows: rows that it evaluated for requests, without padding.
         row_capacity: rows that its calls had room for.
     """
 
@@ -56,7 +56,7 @@ class EngineStats:
 
     @property
     def fill(self) -> float:
-        """Share of the room in the UNet's batches that was used, in [0, 1]."""
+        """Share of the UNet's batch capacity that was used, in [0, 1]."""
         return self.unet_rows / self.row_capacity if self.row_capacity else 0.0
 
 
@@ -66,26 +66,26 @@ class _Shelf:
 
     pool: list[Sample] = field(default_factory=list)
     finished: list[Sample] = field(default_factory=list)
-    passed_over: int = 0  # steps that went to other sizes since
+    passed_over: int = 0  # steps that went to other sizes since its last one
 
 
 class NativeEngine:
     """Runs requests through a Stable Diffusion pipeline's own modules (SD 1.x, 2.x, Turbo, LCM, SDXL).
 
-    The engine takes the modules and the scheduler's config from the pipeline and never calls it. Latents are kept in
-    float32 and cast to the modules' dtype on their way in; autocast is off inside. Random numbers are drawn on the CPU in
-    float32 from each request's seed, in the order in which diffusers draws them (the encoder's posterior, the noise, then
-    the sampler's own), so that a variant depends neither on device and dtype nor on the batch. Global random states are
-    left alone. One thread at a time.
+    The engine takes the modules and the scheduler's config from the pipeline and never calls it. Latents are kept in float32
+    and cast to the modules' dtype as inputs; autocast is off inside. Random numbers are drawn on the CPU in float32 from each
+    request's seed, in the order in which diffusers draws them (the encoder's posterior, the noise, then the sampler's own), so
+    that they depend neither on device and dtype nor on the batch. Global random states are not touched. Use it from one thread
+    at a time.
 
     Args:
         pipeline: a diffusers pipeline of that family, with its weights loaded.
-        sampler: ``ddim``, ``euler``, ``dpmsolver++`` or ``lcm``, or ``auto`` for the one that the pipeline's scheduler is of.
+        sampler: ``ddim``, ``euler``, ``dpmsolver++`` or ``lcm``, or ``auto`` for the one that matches the pipeline's scheduler.
         num_inference_steps: steps at strength 1.
-        guidance_interval: shares of the noise schedule (timestep over the last training timestep) between which guidance
-            acts; outside only the conditional half is evaluated (Kynkäänniemi et al. 2024, arXiv 2404.07724).
-        exact_strength: start at the very noise level that a strength names, with the steps spread evenly below it, instead
-            of at the nearest lower one of a fixed list as diffusers does; makes the most of few steps. Not for ``lcm``.
+        guidance_interval: shares of the noise schedule (timestep over the last training timestep) between which guidance is
+            applied; outside, only the conditional half is evaluated (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        exact_strength: start at exactly the noise level of the strength, with the steps spread evenly below it. diffusers
+            starts at the nearest lower level of a fixed list. Useful with few steps. Not for ``lcm``.
         resolution: height and width at which the model works, or one number for an area whose aspect ratio follows the
             image; ``None`` takes the size that the UNet was trained at.
         batch_size: guided samples in one UNet call, that is, half of its rows; also images in one VAE call.
@@ -121,7 +121,7 @@ class NativeEngine:
             raise ModelLoadError(reason)
         low, high = guidance_interval
         if not 0 <= low <= high <= 1:
-            raise RecipeError(f"guidance_interval {guidance_interval} is no range within [0, 1]; use for example (0.2, 0.8)")
+            raise RecipeError(f"guidance_interval {guidance_interval} is not a range within [0, 1]; use for example (0.2, 0.8)")
         if batch_size < 1:
             raise RecipeError(f"batch_size {batch_size} leaves no room for a sample; use at least 1")
         self.batch_size = batch_size
@@ -152,7 +152,7 @@ class NativeEngine:
 
     @staticmethod
     def supports(pipeline: Any) -> str | None:
-        """``None`` if this engine can run the pipeline, else one sentence that says what stands in the way."""
+        """``None`` if this engine can run the pipeline, else one sentence that says why not."""
         return obstacle(pipeline)
 
     @property
@@ -189,7 +189,7 @@ class NativeEngine:
         return len(trajectory) + sum(self._guided_steps(request, trajectory))
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[Tensor | Exception]:
-        """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it met."""
+        """One entry per request, in order: a uint8 ``(3, H, W)`` image on the CPU, or the exception that it raised."""
         return answer_all(self.stream, requests)
 
     def stream(self, pull: Pull) -> Iterator[Answers]:
@@ -206,7 +206,7 @@ class NativeEngine:
                     room -= len(requests)
             working = [shelf for shelf in shelves.values() if shelf.pool]
             if working:
-                # The fullest batch first; a size that few requests have waits a while for more of them, and then goes ahead.
+                # The fullest batch first; a rare size waits a while for more requests, and then goes ahead.
                 shelf = max(
                     working, key=lambda one: min(sum(s.rows for s in one.pool), self._unet_limit.value) + one.passed_over
                 )
@@ -222,12 +222,12 @@ class NativeEngine:
             shelves = {size: shelf for size, shelf in shelves.items() if shelf.pool or shelf.finished}
 
     def _with_grad_off(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Call ``work`` without gradients and autocast; a generator must not leave such a state behind between its items."""
+        """Call ``work`` without gradients and autocast; a generator must not leave this state behind between its items."""
         with torch.no_grad(), torch.autocast(self._denoiser.device.type, enabled=False):
             return work(*arguments)
 
     def _take(self, requests: Sequence[GenerationRequest], shelves: dict[tuple[int, int], _Shelf]) -> Answers:
-        """Put requests on the shelves of their sizes, ready to be denoised; returns those that failed at it."""
+        """Put requests on the shelves of their sizes, ready to be denoised; returns those that failed."""
         failed: Answers = []
         groups: dict[tuple[int, int], list[Sample]] = {}
         for request in requests:
@@ -246,7 +246,7 @@ class NativeEngine:
         return failed
 
     def _advance(self, shelf: _Shelf) -> Answers:
-        """One step for as many samples as fit; returns those that failed at it."""
+        """Run one step for as many samples as fit; returns those that failed."""
         pool = shelf.pool
         chosen = longest_first([s.remaining for s in pool], [s.rows for s in pool], self._unet_limit.value)
         active = [pool[i] for i in chosen]
@@ -335,7 +335,7 @@ class NativeEngine:
         return list(noised)
 
     def _decoded(self, shelf: _Shelf) -> Answers:
-        """What is finished and fills a batch, or has nothing left to wait for."""
+        """Decode finished samples that fill a batch, or that have nothing left to wait for."""
         answers: Answers = []
         while len(shelf.finished) >= self.batch_size or (shelf.finished and not shelf.pool):
             group, shelf.finished = shelf.finished[: self.batch_size], shelf.finished[self.batch_size :]

@@ -1,6 +1,6 @@
-"""What a generated image must pass before it counts, and how a rejected one is tried again.
+"""The checks that a generated image must pass, and how a rejected one is retried.
 
-Pure functions first; `ImageFilter` puts them together and owns the CLIP model that some of them need.
+Pure functions come first; `ImageFilter` combines them and owns the CLIP model that some of them need.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Verdict:
 def pixel_reason(image: Tensor) -> str | None:
     """``black`` or ``constant`` for a uint8 ``(3, H, W)`` image that shows nothing.
 
-    A safety checker leaves black images. A diverged sampler leaves constant ones, with noise at most in every channel.
+    A safety checker leaves black images. A diverged sampler leaves constant ones, with only a little noise in each channel.
     """
     if int(image.max()) < _NOISE:
         return "black"
@@ -56,7 +56,8 @@ def label_reason(probabilities: Tensor, label: int, check: str, threshold: float
     Args:
         probabilities: ``(L,)``, of each class.
         label: index of the right class.
-        check: ``argmax``: the right class must be the most probable one; ``threshold``: it must reach ``threshold``.
+        check: ``argmax``: the right class must be the most probable one; ``threshold``: its probability must reach
+            ``threshold``.
         threshold: a probability in [0, 1].
     """
     score = float(probabilities[label])
@@ -69,32 +70,32 @@ def similarity_reason(similarity: float, low: float | None, high: float | None) 
     """``too_similar`` above ``high`` (nothing was gained), ``too_different`` below ``low`` (too far from the original)."""
     if high is not None and similarity > high:
         return "too_similar"
-    # not >=: a NaN is no similarity
+    # not >=, so that NaN is rejected
     return "too_different" if low is not None and not similarity >= low else None
 
 
 def retry_seed(seed: int, attempt: int) -> int:
     """Seed of a further attempt, in [0, 2**63).
 
-    It depends on nothing but the two numbers, so that a variant is the same whatever else is in its batch.
+    It depends only on the two numbers, so that a variant is the same whatever else is in its batch.
     """
     return int.from_bytes(hashlib.sha256(f"retry\0{seed:d}\0{attempt:d}".encode()).digest()[:8], "big") >> 1
 
 
 def retry_strength(strength: float, reason: str, low: float, high: float) -> float:
-    """Strength of the next attempt, half-way to an end of the range that the user set.
+    """Strength of the next attempt, half-way to one end of the range that the user set.
 
-    Down to ``low``, nearer to the original, where the image lost its label or went too far; up to ``high`` where it is too
-    similar. A range of one value stays where it is: then only the seed changes.
+    It goes towards ``low``, nearer to the original, if the image lost its label or is too different, and towards ``high`` if it
+    is too similar. With a range of one value, only the seed changes.
     """
     goal = high if reason == "too_similar" else low
     return min(max((strength + goal) / 2, min(strength, goal)), max(strength, goal))
 
 
 def nsfw_flags(pipeline: Any, images: Sequence[Tensor]) -> list[bool]:
-    """What a pipeline's safety checker says about finished images; nothing is flagged where it has none.
+    """What a pipeline's safety checker says about finished images; nothing is flagged if it has none.
 
-    diffusers' checker answers a flagged image with a black one. Here it gets a copy, and only its flags are used.
+    diffusers' checker replaces a flagged image by a black one. Here it gets a copy, and only its flags are used.
     """
     checker = getattr(pipeline, "safety_checker", None)
     extractor = getattr(pipeline, "feature_extractor", None)
@@ -118,7 +119,7 @@ class ImageFilter:
         filters: what to check.
         labels: class names of the data set; needed by the label check.
         scorer: the CLIP model for label and similarity; needed if one of them is checked.
-        pipeline: the pipeline whose safety checker is asked; ``None`` where the engine asks it itself.
+        pipeline: the pipeline whose safety checker is used; ``None`` if the engine uses it itself.
 
     Raises:
         RecipeError: the filters ask for a label check, and there are no labels.

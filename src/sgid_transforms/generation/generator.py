@@ -32,19 +32,19 @@ from sgid_transforms.recipe.prompts import build_prompt
 from sgid_transforms.recipe.recipe import Filters, Recipe
 
 _InWork = dict[GenerationRequest, tuple[GenerationRequest, GenerationResult]]
-"""What the engine is working on -> what was asked for, and its result so far."""
+"""A request that the engine is working on -> the original request, and its result so far."""
 
 
 @dataclass(frozen=True)
 class GeneratorStats:
-    """What a generator did since it was made.
+    """What the generator did since it was made.
 
     Args:
-        requests: requests that were asked for.
+        requests: requests that were received.
         images: requests that got an image.
         filtered: requests that got none, because every attempt was rejected.
-        errors: requests that got none, because they cannot be run.
-        attempts: images that were made or tried, retries among them.
+        errors: requests that got none, because they could not be run.
+        attempts: attempts to make an image, including retries.
         rejected: rejected attempts by reason.
         evaluations: rows that the model evaluated for all attempts.
     """
@@ -64,9 +64,9 @@ class GeneratorStats:
 
 
 class Generator:
-    """Runs requests through an engine, filters what it makes, and tries rejected ones again.
+    """Runs requests through an engine, filters the images, and retries rejected ones.
 
-    One thread at a time; `sgid_transforms.service` shares one generator among processes.
+    Use it from one thread at a time; `sgid_transforms.service` shares one generator among processes.
 
     Args:
         engine: a `NativeEngine`, a `PipelineAdapter`, or anything else that follows `Engine`.
@@ -74,7 +74,7 @@ class Generator:
         labels: class names of the data set, for the label check.
         scorer: the CLIP model of the filters; ``None``: the bundled one, loaded if a filter needs it.
         strength_range: the range in which a retry may choose its strength; ``None``: from half of the request's own to 1.
-        safety_pipeline: the pipeline whose safety checker looks at finished images, where the engine does not.
+        safety_pipeline: the pipeline whose safety checker looks at finished images, if the engine does not do that.
 
     Raises:
         RecipeError: the filters need class names, and there are none.
@@ -122,7 +122,7 @@ class Generator:
         pipeline: Any = None,
         **loading: Any,
     ) -> Generator:
-        """Load a recipe's model and make a generator of it.
+        """Load a recipe's model and make a generator from it.
 
         Args:
             recipe: what to generate.
@@ -135,8 +135,8 @@ class Generator:
             channels_last: memory format of the native path; ``None``: what is faster on the device.
             compile: compile the network's repeated blocks, and pad batches to few sizes.
             latent_cache: folder for encoded input images, reused by further variants; native path only.
-            pipeline: a loaded pipeline to use instead of loading the recipe's model. The recipe's ``revision`` must name it, so
-                that its variants are not taken for those of the model's own weights.
+            pipeline: a loaded pipeline to use instead of loading the recipe's model. The recipe's ``revision`` must then name
+                it, so that its variants are not taken for those of the model's own weights.
             loading: further arguments of `load_pipeline`: ``variant``, ``local_files_only``, ``attention``, ``cpu_offload``.
 
         Raises:
@@ -146,7 +146,7 @@ class Generator:
         device = check_device(device)
         unknown = sorted(set(loading) - set(inspect.signature(load_pipeline).parameters))
         if unknown:
-            raise RecipeError(f"{', '.join(unknown)} is no option of the generator; see load_pipeline")
+            raise RecipeError(f"{', '.join(unknown)} is not an option of the generator; see load_pipeline")
         size = choose_batch_size(batch_size, device)
         loaded = pipeline is None
         if loaded:
@@ -201,7 +201,7 @@ class Generator:
             labels=labels,
             scorer=_scorer(clip, device) if needs_clip(recipe.filters) else None,
             strength_range=strength,
-            # a pipeline that runs its own call asks its own checker
+            # a pipeline that runs its own call uses its own checker
             safety_pipeline=pipeline if isinstance(engine, NativeEngine) else None,
         )
 
@@ -216,19 +216,19 @@ class Generator:
         return self.engine.max_tokens
 
     def stats(self) -> GeneratorStats:
-        """What was done so far."""
+        """Counts since the generator was made."""
         return GeneratorStats(rejected=dict(self._rejected), **self._counts)
 
     def __call__(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """One result per request, in order. A request that fails has a reason in its result and takes no other with it."""
+        """One result per request, in order. A request that fails has a reason in its result and does not affect the others."""
         return answer_all(self.stream, requests)
 
     def stream(self, pull: Pull) -> Iterator[list[tuple[GenerationRequest, GenerationResult]]]:
         """Pull requests whenever the engine has room for them, and yield each group that is done, in no particular order.
 
         Args:
-            pull: Hands over up to so many waiting requests, fewer where fewer wait. After an answer of none, and with nothing
-                left in work, the stream ends.
+            pull: Hands over up to the given number of waiting requests, or fewer if fewer wait. When it returns none and all
+                work is done, the stream ends.
         """
         again: deque[GenerationRequest] = deque()
         in_work: _InWork = {}
@@ -252,7 +252,7 @@ class Generator:
         while True:
             for answers in self.engine.stream(source):
                 done += self._judge(answers, in_work, again)
-                del answers  # their pixels would stay until there are new ones
+                del answers  # else their pixels stay in memory until the next group
                 if done:
                     yield done
                     done = []
@@ -268,7 +268,7 @@ class Generator:
         in_work: _InWork,
         again: deque[GenerationRequest],
     ) -> list[tuple[GenerationRequest, GenerationResult]]:
-        """Sort answers into results and requests to be tried again, which go to ``again`` and ``in_work``."""
+        """Sort answers into results and requests to retry, which go to ``again`` and ``in_work``."""
         images = {request: answer for request, answer in answers if not isinstance(answer, Exception)}
         verdicts = dict(zip(images, self._filter(list(images.values()), list(images)), strict=True))
         done: list[tuple[GenerationRequest, GenerationResult]] = []
@@ -304,7 +304,7 @@ class Generator:
         return done
 
     def _retry(self, asked: GenerationRequest, current: GenerationRequest, attempt: int, reason: str) -> GenerationRequest:
-        """The next attempt: another seed, and another strength where that leaves a step to run."""
+        """The next attempt: another seed, and another strength if that leaves a step to run."""
         low, high = self._range or (asked.strength / 2, 1.0)
         seed, strength = retry_seed(asked.seed, attempt), retry_strength(current.strength, reason, low, high)
         following = replace(current, seed=seed, strength=strength)
@@ -321,10 +321,10 @@ class Generator:
 
 
 def choose_batch_size(batch_size: int | str, device: torch.device) -> int:
-    """The batch size to start with: a number as it is, ``"auto"`` by the device.
+    """The initial batch size: the given number, or with ``"auto"`` one that suits the device.
 
-    ``"auto"`` is 16 on a CPU (small models) and, on CUDA, one sample for each GB of free memory, from 1 to 32: a start
-    that fits SDXL-sized models in half precision. Engines halve it when memory runs out.
+    ``"auto"`` is 16 on a CPU (small models) and, on CUDA, one sample for each GB of free memory, from 1 to 32, which fits
+    SDXL-sized models in half precision. Engines halve it when memory runs out.
 
     Raises:
         RecipeError: neither a positive number nor ``"auto"``.
@@ -344,7 +344,7 @@ def _scorer(clip: Any, device: torch.device) -> Any:
         return CLIPScorer(clip, device=device).load()
     if not hasattr(clip, "image_features") or not hasattr(clip, "probabilities"):
         raise RecipeError(
-            f"the recipe's filters ask a CLIP model, and the scorer is a {type(clip).__name__} without image_features and "
+            f"the recipe's filters need a CLIP model, but the scorer is a {type(clip).__name__} without image_features and "
             "probabilities; give the id of a CLIP model"
         )
     return clip
@@ -377,6 +377,6 @@ def _check_adapter_recipe(recipe: Recipe, pipeline: Any) -> None:
 
 
 def _drop_safety_checker(pipeline: Any) -> None:
-    """Without the filter a flagged image must come back as it is, not as the black one that the checker makes of it."""
+    """Without the filter, a flagged image must be returned unchanged, not as the black image that the checker makes of it."""
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.register_modules(safety_checker=None)

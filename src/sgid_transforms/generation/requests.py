@@ -1,4 +1,4 @@
-"""What is asked of a generator and what comes back, and the protocol that every way of running a model follows."""
+"""A generator's requests and results, and the protocol that every way of running a model follows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class GenerationRequest:
     Args:
         image: uint8 ``(3, H, W)`` RGB; the result has the same height and width.
         prompt: the text that guides the variant.
-        negative_prompt: what to steer away from; the empty text stands for the model's own unconditional embedding.
+        negative_prompt: what to steer away from; an empty text stands for the model's own unconditional embedding.
         strength: share of the noise schedule that is run, in (0, 1].
         guidance_scale: classifier-free guidance scale; at 1 or below only the conditional half is evaluated.
         seed: seed of this request's own random numbers, in [0, 2**64).
-        label: class name, for filters that ask whether the variant still shows it.
+        label: class name, for filters that check whether the variant still shows it.
         id: free text that names the request in messages.
 
     Examples:
@@ -56,10 +56,10 @@ class GenerationResult:
         strength: strength of the last attempt.
         attempt: number of the last attempt, from 0.
         rejected: reasons of all rejected attempts, in order.
-        label_score: probability of the label according to the filter, in [0, 1], where it was asked for.
-        image_similarity: similarity to the original according to the filter, where it was asked for.
+        label_score: probability of the label according to the filter, in [0, 1], if it was checked.
+        image_similarity: similarity to the original according to the filter, if it was checked.
         unet_evaluations: model evaluations (rows, not calls) that all attempts of this request took.
-        failed: whether an error is why there is no image, so that it may be tried again, and not a rejection, which would
+        failed: whether there is no image because of an error, which may be retried, and not because of a rejection, which would
             only repeat itself.
 
     Examples:
@@ -85,7 +85,7 @@ class GenerationResult:
 
 
 class RejectedImageError(GenerationError):
-    """The model ran, but what it made is not usable; ``reason`` is one of the short reasons of `GenerationResult`."""
+    """The model ran, but its image is not usable; ``reason`` is one of the short reasons of `GenerationResult`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -93,16 +93,16 @@ class RejectedImageError(GenerationError):
 
     @classmethod
     def not_finite(cls, request: GenerationRequest) -> RejectedImageError:
-        """The rejection of pixels that are not numbers."""
+        """The rejection of an image with NaN pixels."""
         return cls("nan", f"the model returned NaN for {f'request {request.id!r}' if request.id else 'a request'}")
 
 
 Pull = Callable[[int], Sequence[GenerationRequest]]
-"""Hands over up to so many waiting requests, fewer where fewer wait, and never waits for more. After an answer of none, and
-with nothing left in work, a stream ends."""
+"""Hands over up to the given number of waiting requests, or fewer if fewer wait; it never waits for more. When it returns none
+and all work is done, a stream ends."""
 
 Answers = list[tuple[GenerationRequest, torch.Tensor | Exception]]
-"""Requests that are done, each with its image, uint8 ``(3, H, W)``, or the exception that it met."""
+"""Requests that are done, each with its image, uint8 ``(3, H, W)``, or the exception that it raised."""
 
 
 @runtime_checkable
@@ -113,16 +113,16 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer whose limit binds prompts, or ``None`` where the model has none."""
+        """The tokenizer whose limit binds prompts, or ``None`` if the model has none."""
 
     @property
     def max_tokens(self) -> int | None:
-        """Longest prompt in tokens, start and end included, or ``None`` where there is no limit."""
+        """Longest prompt in tokens, start and end included, or ``None`` if there is no limit."""
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[torch.Tensor | Exception]:
-        """One entry per request, in order: a uint8 ``(3, H, W)`` image, or the exception that this request met.
+        """One entry per request, in order: a uint8 ``(3, H, W)`` image, or the exception that this request raised.
 
-        A request that fails never takes another one with it. Only errors that concern no single request are raised.
+        A request that fails never affects the others. Only errors that concern no single request are raised.
         """
 
     def stream(self, pull: Pull) -> Iterator[Answers]:
@@ -144,13 +144,13 @@ def pull_from(requests: Sequence[_T]) -> Callable[[int], list[_T]]:
 def answer_all(
     stream: Callable[[Pull], Iterator[list[tuple[GenerationRequest, _T]]]], requests: Sequence[GenerationRequest]
 ) -> list[_T]:
-    """What a stream answers to a fixed list, in its order; requests that are there twice are answered once."""
+    """A stream's answers to a fixed list, in order; duplicate requests are run once."""
     answers = {request: answer for group in stream(pull_from(list(dict.fromkeys(requests)))) for request, answer in group}
     return [answers[request] for request in requests]
 
 
 def in_batches(run: Callable[[Sequence[Any]], Sequence[Any]], size: int, pull: Callable[[int], Sequence[Any]]) -> Iterator[Any]:
-    """A stream out of a function that answers a list of requests: batch after batch, each finished before the next begins."""
+    """Turn a function that answers a list of requests into a stream. Each batch is finished before the next begins."""
     while batch := pull(size):
         answers = run(batch)
         if len(answers) != len(batch):

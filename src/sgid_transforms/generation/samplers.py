@@ -19,7 +19,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) with a scale of its own for each sample."""
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) with a separate scale for each sample."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -67,7 +67,7 @@ def dpmpp_2m_step(
     """DPM-Solver++(2M) with the midpoint rule (Lu et al. 2022, arXiv 2211.01095).
 
     ``extrapolation`` is ``h / (2 * h_previous)``, the ratio of two steps in log-SNR; at 0 the step is of first order and
-    ``previous_x0``, the clean latents of the step before, plays no part.
+    ``previous_x0``, the clean latents of the step before, is not used.
     """
     decay = next_sigma / sigma
     gain = next_alpha - alpha * decay  # next_alpha * (1 - exp(-h)), finite where next_sigma is 0

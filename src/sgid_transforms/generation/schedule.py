@@ -1,8 +1,8 @@
-"""The numbers of a noise schedule, laid out so that every sample of a batch can stand at a step of its own.
+"""The numbers of a noise schedule, laid out so that every sample of a batch can be at its own step.
 
-Timesteps and noise levels come from diffusers' scheduler classes, made anew from the pipeline's scheduler config: spacing,
-offsets, Karras sigmas, trained betas and the zero-SNR rescale mean here what they mean there. The schedulers' own ``step``
-and ``add_noise`` are not used: they keep state and take one timestep for a whole batch.
+Timesteps and noise levels come from diffusers' scheduler classes, created from the pipeline's scheduler config. Spacing,
+offsets, Karras sigmas, trained betas and the zero-SNR rescale therefore mean the same as in diffusers. The schedulers' own
+``step`` and ``add_noise`` are not used: they keep state and take one timestep for a whole batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEDULERS = {
     "dpmsolver++": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-"""Samplers by the names of diffusers' schedulers that run the same steps."""
+"""Sampler -> name of the diffusers scheduler that runs the same steps."""
 
 SAMPLERS = tuple(SCHEDULERS)
 
@@ -68,7 +68,7 @@ class Trajectory:
 
 
 def resolve_sampler(sampler: str, scheduler: Any) -> str:
-    """The sampler to use with a pipeline's scheduler: ``auto`` takes the one that the scheduler stands for.
+    """The sampler to use with a pipeline's scheduler: ``auto`` takes the one that matches the scheduler.
 
     ``auto`` maps Euler (ancestral ones too), DPM-Solver multistep and LCM schedulers to their own samplers and everything
     else to DDIM.
@@ -103,7 +103,7 @@ def check_steps(scheduler: Any, num_inference_steps: int) -> None:
             f"num_inference_steps {num_inference_steps} exceeds the {original} steps that this LCM was "
             f"distilled from; use 1 to {original} steps"
         )
-    # Those without sigmas look noise levels up by timestep; flow matching has neither, and may need a size to set timesteps.
+    # Schedulers without sigmas look up noise levels by timestep. Flow matching has neither, and its timesteps may need a size.
     if hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
         _set_timesteps(scheduler, num_inference_steps)
         last = int(scheduler.timesteps.max())
@@ -128,11 +128,11 @@ class Schedule:
         config: config of the pipeline's scheduler (any of diffusers' discrete schedulers).
         sampler: one of `SAMPLERS`.
         num_inference_steps: steps at strength 1.
-        strength_sets_range: strength shortens the range of timesteps instead of the number of steps, as diffusers'
-            ``LatentConsistencyModelImg2ImgPipeline`` has it; for ``lcm`` only.
-        exact_strength: start at the very noise level that strength names, with the steps spread evenly below it, instead of
-            at the nearest lower one of a fixed list. At few steps the list is coarse: with 4 steps, strengths from 0.5 to
-            0.74 are one and the same. There is no strength that leaves no step. Not for ``lcm``.
+        strength_sets_range: strength shortens the range of timesteps instead of the number of steps, as in diffusers'
+            ``LatentConsistencyModelImg2ImgPipeline``; for ``lcm`` only.
+        exact_strength: start at exactly the noise level of the strength, with the steps spread evenly below it, instead of at
+            the nearest lower level of a fixed list. With few steps the list is coarse: with 4 steps, strengths from 0.5 to 0.74
+            are the same. Every strength runs at least one step. Not for ``lcm``.
 
     Raises:
         RecipeError: the number of steps does not fit the schedule.
@@ -174,7 +174,7 @@ class Schedule:
         else:
             key = float(steps_to_run(self.num_inference_steps, strength))
         if key not in self._trajectories:
-            if len(self._trajectories) > 1000:  # strengths are floats: bound what a long run can pile up
+            if len(self._trajectories) > 1000:  # strengths are floats: limit what a long run can pile up
                 self._trajectories.clear()
             self._trajectories[key] = self._build(strength)
         return self._trajectories[key]
@@ -235,7 +235,7 @@ class Schedule:
         return timesteps, (current.sqrt(), (1 - current).sqrt(), following.sqrt(), (1 - following).sqrt())
 
     def _numbers_below(self, strength: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """As `_numbers`, for steps that are spread evenly below the noise level of ``strength``, itself the first one."""
+        """Like `_numbers`, for steps that are spread evenly below the noise level of ``strength``, which is the first one."""
         top = max(round(strength * self._train_steps), 1)
         count = min(max(round(strength * self.num_inference_steps), 1), top)
         timesteps = torch.linspace(top, 0, count + 1, dtype=torch.float64)[:-1].round() - 1

@@ -1,4 +1,4 @@
-"""What a diffusers pipeline's parts say about how to run it: which engine, at which sizes, with which memory formats."""
+"""How to run a diffusers pipeline, as read from its parts: with which engine, sizes and memory formats."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _NATIVE_OPTIONS: dict[str, dict[str, Any]] = {
     "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"},
     "EulerDiscreteScheduler": {"interpolation_type": "linear", "final_sigmas_type": "zero"},
 }
-"""Options of schedulers that the native samplers know in one value only."""
+"""Scheduler options of which the native samplers support one value only."""
 
 _TEXT_PARTS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "prior_tokenizer": "prior_text_encoder"}
 _MAX_ASPECT = 4.0  # beyond it, models that know only near-square images repeat themselves
-_BLOCK = 1 << 20  # values that are floats at one time while a photo changes its size
+_BLOCK = 1 << 20  # values held as floats at a time while a photo is resized
 
 UNLIMITED = 10**6  # a tokenizer without a limit has a model_max_length of 10**30
 
 
 def obstacle(pipeline: Any) -> str | None:
-    """``None`` if the native engine can run a diffusers pipeline, else one sentence that says what stands in the way."""
+    """``None`` if the native engine can run a diffusers pipeline, else one sentence that says why not."""
     name = type(pipeline).__name__
     way_out = "run it through the pipeline adapter"
     # Other classes may have the same modules and do more with them (PAG, LEdits++), which would be lost here.
@@ -53,12 +53,12 @@ def obstacle(pipeline: Any) -> str | None:
         return f"{name} has a UNet that projects image or text features ({config.encoder_hid_dim_type}); {way_out}"
     schedule, kind = pipeline.scheduler.config, type(pipeline.scheduler).__name__
     if not hasattr(pipeline.scheduler, "alphas_cumprod") or schedule.get("thresholding", False):
-        return f"{name} has a {kind}, for which no native sampler can stand; {way_out}"
+        return f"{name} has a {kind}, which no native sampler can replace; {way_out}"
     for option, native in _NATIVE_OPTIONS.get(kind, {}).items():
         if schedule.get(option, native) != native:
-            return f"{name} has a {kind} with {option}={schedule[option]!r}, for which no native sampler can stand; {way_out}"
+            return f"{name} has a {kind} with {option}={schedule[option]!r}, which no native sampler can replace; {way_out}"
     if schedule.get("timestep_type") == "continuous" and schedule.get("prediction_type") == "v_prediction":
-        return f"{name} has a {kind} with continuous v-prediction, for which no native sampler can stand; {way_out}"
+        return f"{name} has a {kind} with continuous v-prediction, which no native sampler can replace; {way_out}"
     if schedule.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         return f"{name} predicts {schedule['prediction_type']!r}, which the native samplers do not know; {way_out}"
     return None
@@ -84,7 +84,7 @@ def memory_formats(channels_last: bool | None, device: str | torch.device) -> Fo
 
 
 def place(pipeline: Any, device: str | torch.device | None, dtype: torch.dtype | None, formats: Formats) -> None:
-    """Move a pipeline's modules, each to the dtype that it can run in, and lay out their weights."""
+    """Move a pipeline's modules, each to the dtype that it can run in, and set the memory formats of their weights."""
     if device is not None:
         pipeline.to(device)
     unet, vae = pipeline.unet, pipeline.vae
@@ -101,9 +101,9 @@ def place(pipeline: Any, device: str | torch.device | None, dtype: torch.dtype |
 
 
 def limit_tokenizers(pipeline: Any) -> None:
-    """Give each tokenizer whose checkpoint names no limit the number of positions of its text encoder.
+    """Limit each tokenizer whose checkpoint names no limit to the number of positions of its text encoder.
 
-    Without it, longer texts would fail in the encoder, and diffusers would pad the others to 10**30 tokens.
+    Without this, longer texts would fail in the encoder, and diffusers would pad the others to 10**30 tokens.
     """
     for name, encoder in _TEXT_PARTS.items():
         tokenizer, positions = getattr(pipeline, name, None), config_of(pipeline, encoder).get("max_position_embeddings")
@@ -162,9 +162,9 @@ def check_resolution(resolution: int | tuple[int, int], multiple: int) -> None:
 def working_size(height: int, width: int, resolution: int | tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width at which a model sees an image.
 
-    A pair is taken as it is. A single number stands for an area, ``resolution ** 2``: the image keeps its aspect ratio
-    (clipped to 1:4 and 4:1), rounded to multiples of ``multiple``, so that images fall into few buckets and those of one
-    bucket share a batch.
+    A pair is used unchanged. A single number stands for an area, ``resolution ** 2``: the image keeps its aspect ratio (clipped
+    to 1:4 and 4:1), rounded to multiples of ``multiple``, so that images fall into few buckets and those of one bucket share a
+    batch.
     """
     if isinstance(resolution, tuple):
         return resolution
@@ -177,14 +177,14 @@ def working_size(height: int, width: int, resolution: int | tuple[int, int], mul
 def resized_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
     """A uint8 image ``(3, H, W)`` as floats ``(1, 3, h, w)`` in [0, 1], by antialiased bicubic interpolation.
 
-    As floats, a photo takes a gigabyte: its rows become narrower in blocks, which gives the same numbers.
+    A photo takes a gigabyte as floats, so its rows are narrowed in blocks, with the same result.
     """
     height, width = size
     if tuple(image.shape[-2:]) == size:
         return image[None].float().div_(255)
     rows = min(max(_BLOCK // (3 * image.shape[2]), 1), image.shape[1])
     narrow = image.new_empty(1, 3, image.shape[1], width, dtype=torch.float32)
-    block = image.new_empty(1, 3, rows, image.shape[2], dtype=torch.float32)  # one, as the C library would not reuse them
+    block = image.new_empty(1, 3, rows, image.shape[2], dtype=torch.float32)  # one, since the C library would not reuse them
     for source, target in zip(torch.split(image, rows, 1), torch.split(narrow, rows, 2), strict=True):
         floats = block[:, :, : source.shape[1]]
         target.copy_(_interpolate(floats.copy_(source).div_(255), (source.shape[1], width)))
@@ -192,7 +192,7 @@ def resized_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resized_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A float image ``(3, h, w)`` in [0, 1] as uint8 ``(3, H, W)`` on the CPU; it grows in blocks of columns as well."""
+    """A float image ``(3, h, w)`` in [0, 1] as uint8 ``(3, H, W)`` on the CPU; it is enlarged in blocks of columns, too."""
     height, width = size
     if tuple(image.shape[-2:]) == size:
         return to_uint8(image).cpu().contiguous()

@@ -27,12 +27,12 @@ class RawSample(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where an item really is.
+    """Where an item is actually stored.
 
     Args:
         dataset: The data set that holds it.
         position: Its index in there.
-        as_it_is: Whether the data set's own transforms come before ours, as in an ``SGIDDataset``, and so are not looked past.
+        as_it_is: Whether the data set's own transforms run before ours, as in an ``SGIDDataset``, and so must be kept.
     """
 
     dataset: Any
@@ -41,17 +41,17 @@ class _Place(NamedTuple):
 
 
 class RawImages:
-    """A map-style data set without its transforms, or with those only that stand before ``stop`` in a ``Compose``.
+    """A map-style data set without its transforms, except for those before ``stop`` in a ``Compose``.
 
-    Looks through ``Subset``, ``ConcatDataset``, ``SGIDDataset`` and their nesting, torchvision's data sets and whatever else
-    keeps its transform in ``transform`` or ``transforms``, and Hugging Face data sets. The data set itself is not changed.
+    Looks through ``Subset``, ``ConcatDataset`` and ``SGIDDataset``, however nested. Handles data sets that keep their transform
+    in ``transform`` or ``transforms``, as torchvision's do, and Hugging Face data sets. The data set itself is not changed.
 
     Args:
         dataset: Has ``__len__`` and ``__getitem__``.
         stop: The class of the transform whose input is wanted.
 
     Raises:
-        TypeError: It has neither length nor items.
+        TypeError: The data set is not map-style.
     """
 
     def __init__(self, dataset: Any, stop: type) -> None:
@@ -72,7 +72,7 @@ class RawImages:
         return RawSample(sample.image, sample.label, _classes(leaf, item), _path(leaf, position))
 
     def identity(self, key: Callable[[Any], str]) -> str:
-        """A digest of what the data set holds: the places of its items, their files where they are known, and some keys."""
+        """A digest of the data set's contents: the positions of its items, their files if known, and some keys."""
         places = [_locate(self._dataset, index) for index in range(len(self))]
         leaves = {id(place.dataset): place.dataset for place in places}
         files = [getattr(leaf, "samples", None) for leaf in leaves.values()]
@@ -85,7 +85,7 @@ class RawImages:
 
 
 def _locate(dataset: Any, index: int, as_it_is: bool = False) -> _Place:
-    """The data set that really holds an item."""
+    """Find the data set that actually holds an item."""
     if isinstance(dataset, Subset):
         return _locate(dataset.dataset, dataset.indices[index], as_it_is)
     if isinstance(dataset, ConcatDataset):
@@ -97,7 +97,7 @@ def _locate(dataset: Any, index: int, as_it_is: bool = False) -> _Place:
 
 
 def _without_transforms(dataset: Any, stop: type) -> Any:
-    kinds: Any = getattr(sys.modules.get("datasets"), "Dataset", ())  # whoever did not import it has none of its data sets
+    kinds: Any = getattr(sys.modules.get("datasets"), "Dataset", ())  # if it was never imported, this is none of its data sets
     if isinstance(dataset, kinds):
         plain: Any = dataset
         return plain.with_format(None)
@@ -106,10 +106,10 @@ def _without_transforms(dataset: Any, stop: type) -> Any:
         return dataset
     bare = copy.copy(dataset)
     before = _before(single, stop)
-    if single is not None:  # not None: a data set may call it without asking
+    if single is not None:  # not None: a data set may call it without checking
         bare.transform = before or _identity
     if getattr(dataset, "target_transform", None) is not None:
-        bare.target_transform = _identity  # class names belong to the labels as the data set has them
+        bare.target_transform = _identity  # class names refer to the untransformed labels
     if joint is not None:
         chain = before if isinstance(joint, StandardTransform) else _before(joint, stop)
         bare.transforms = StandardTransform(chain, None) if isinstance(joint, StandardTransform) else chain or _same
@@ -125,7 +125,7 @@ def _same(*values: Any) -> Any:
 
 
 def _before(transform: Any, stop: type) -> Any:
-    """What stands before ``stop`` in a (nested) ``Compose``; None: nothing, or ``stop`` is not in there."""
+    """The transforms before ``stop`` in a (nested) ``Compose``; None if there are none, or ``stop`` is not in it."""
     chain = _chain_before(transform, stop)
     return v2.Compose(chain) if chain else None
 
@@ -137,7 +137,7 @@ def _chain_before(transform: Any, stop: type, around: tuple[int, ...] = ()) -> l
     if members is None or id(transform) in around:
         return None
     around = (*around, id(transform))
-    if not isinstance(members, list | tuple):  # a preset that holds a Compose, as torchvision's training scripts have it
+    if not isinstance(members, list | tuple):  # a preset that holds a Compose, as in torchvision's training scripts
         return _chain_before(members, stop, around)
     chain: list[Any] = []
     for member in members:
@@ -149,7 +149,7 @@ def _chain_before(transform: Any, stop: type, around: tuple[int, ...] = ()) -> l
 
 
 def _classes(dataset: Any, item: Any) -> Sequence[Any] | None:
-    """The names of the classes: those of the very column that holds the label, else of the data set."""
+    """The class names: those of the column that holds the label, else those of the data set."""
     features = getattr(dataset, "features", None)
     if isinstance(item, dict) and features:  # Hugging Face
         column = features.get(label_field(item))

@@ -35,7 +35,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file with the name of an image, in a class folder.
+    """A file with an image extension, in a class folder.
 
     Args:
         path: of the file.
@@ -70,9 +70,9 @@ class Listing:
     """What lies in a folder of class folders, before any file is opened.
 
     Args:
-        files: those with the name of an image, class by class, by name.
-        classes: class folders with such files, sorted: ``ImageFolder`` numbers them so.
-        skipped: what looks as if it should have counted, but does not.
+        files: those with an image extension, sorted by class and name.
+        classes: class folders with such files, sorted as ``ImageFolder`` numbers them.
+        skipped: images and folders that look usable, but are left out.
         ignored: how many other files there are, such as ``readme.txt``; hidden ones are not counted.
         root: the folder.
     """
@@ -91,7 +91,7 @@ class Scan:
     Args:
         images: one for each different picture, in the listing's order.
         skipped: what was left out.
-        duplicates: files that hold a picture of their class once more; they share its captions and variants.
+        duplicates: files that repeat a picture of the same class; they share its captions and variants.
         classes: the class folders.
         root: the folder that they lie in.
     """
@@ -108,11 +108,11 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
 
     Args:
         root: its folders are the classes.
-        class_names: words for folder names that say nothing, such as ``{"n02123045": "tabby cat"}``.
+        class_names: words for coded folder names, such as ``{"n02123045": "tabby cat"}``.
 
     Raises:
         FolderError: there is no such folder, or no class folder in it.
-        RecipeError: a class folder's name has no words in it, or ``class_names`` names a folder that is not there.
+        RecipeError: a class folder's name has no words in it, or ``class_names`` names none of the folders.
     """
     top = Path(root)
     if not top.is_dir():
@@ -130,7 +130,7 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
     loose = [entry for entry in entries if is_image_name(entry) and not entry.is_dir()]
     if not folders:
         what = "images, but no class folders" if loose else "no class folders"
-        raise FolderError(f"{show(top)} has {what}; put the images of each class into a folder that is named as the class")
+        raise FolderError(f"{show(top)} has {what}; put the images of each class into a folder named after the class")
     _known(class_names, folders)
     skipped = [Skipped(path, "it lies outside of the class folders; move it into one") for path in loose]
     for entry in ours:
@@ -156,10 +156,10 @@ def list_folder(root: str | os.PathLike[str], class_names: Mapping[str, str] | N
 
 
 def scan_files(listing: Listing, progress: Callable[[Iterable[ImageFile]], Iterable[ImageFile]] = iter) -> Scan:
-    """Decode every file of a listing once, to know its picture's key, and which ones cannot be used.
+    """Decode every file of a listing once, to get the keys of the pictures and find the files that cannot be used.
 
     Args:
-        progress: wraps the files while they are walked through, as ``tqdm`` does.
+        progress: wraps the iterable of files, as ``tqdm`` does.
     """
     images: dict[str, KnownImage] = {}
     skipped = list(listing.skipped)
@@ -185,9 +185,9 @@ def scan_files(listing: Listing, progress: Callable[[Iterable[ImageFile]], Itera
 
 
 def is_ours(path: Path) -> bool:
-    """Whether this package wrote a folder: a store of variants, or an export of them. Originals it holds none.
+    """Whether this package wrote a folder: a store of variants, or an export of them, without originals.
 
-    Wherever such a folder lies, its images must not be taken for originals: they would get variants themselves.
+    Images in such a folder must never be taken for originals: they would get variants themselves.
     """
     if os.path.lexists(path / VARIANTS_MARKER):
         return True
@@ -200,7 +200,7 @@ def is_ours(path: Path) -> bool:
 
 
 def lies_in_ours(folder: Path) -> bool:
-    """Whether this package wrote what lies in ``folder``. A store may well have originals beside its own folders."""
+    """Whether this package wrote the contents of ``folder``. A store may have originals beside its own folders."""
     for parent in (folder, *folder.parents):
         if is_ours(parent):
             below = folder.relative_to(parent).parts
@@ -210,7 +210,7 @@ def lies_in_ours(folder: Path) -> bool:
 
 
 def _walk(folder: Path, skip: Callable[[Path, str], None]) -> Iterator[Path]:
-    """All files below ``folder``, through links as well, but never around in a circle."""
+    """All files below ``folder``. Links are followed, but no folder is visited twice."""
     seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
@@ -223,7 +223,7 @@ def _walk(folder: Path, skip: Callable[[Path, str], None]) -> Iterator[Path]:
             names.clear()
             continue
         seen.add(place)
-        names[:] = sorted(name for name in names if not is_ours(Path(parent, name)))  # hidden ones as well, as ImageFolder
+        names[:] = sorted(name for name in names if not is_ours(Path(parent, name)))  # also hidden ones, as ImageFolder does
         for name in files:
             yield Path(parent, name)
 
@@ -243,4 +243,4 @@ def _known(class_names: Mapping[str, str] | None, folders: Iterable[Path]) -> No
     if class_names and len(unknown) == len(class_names):
         raise RecipeError(f"none of the {len(unknown)} class names, such as {unknown[0]!r}, is a class folder; check the file")
     if unknown:
-        _log.warning("%d class names belong to no class folder, such as %r", len(unknown), unknown[0])
+        _log.warning("%d class names match no class folder, such as %r", len(unknown), unknown[0])

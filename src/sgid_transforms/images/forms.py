@@ -1,4 +1,4 @@
-"""The forms in which an image comes and in which its variant must go back: PIL modes, dtypes, channels, devices."""
+"""Which forms of images are accepted, and how a variant gets its original's PIL mode, dtype, channels and device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +20,12 @@ def is_image(value: Any) -> bool:
 
 
 def refuse_other_images(values: Sequence[Any], *, alone: bool = True) -> None:
-    """Refuse what looks like an image in a form that is not taken: it would stay as it is without a word.
+    """Refuse image-like values in a form that is not supported, which would otherwise stay unchanged silently.
 
     Args:
         values: The members of a sample.
-        alone: Whether there is no image beside them. Otherwise only pictures as OpenCV and Albumentations have them count: a
-            plain tensor beside them is their mask.
+        alone: Whether the sample has no other image. If it has one, only NumPy pictures, as OpenCV and Albumentations make
+            them, are refused: a plain tensor is then taken for a mask.
 
     Raises:
         TypeError: A NumPy array.
@@ -36,17 +36,17 @@ def refuse_other_images(values: Sequence[Any], *, alone: bool = True) -> None:
         if not isinstance(value, torch.Tensor) and hasattr(value, "__array_interface__") and len(shape) >= 2:
             if alone or (len(shape) == 3 and shape[-1] in (1, 3, 4)):
                 raise TypeError(
-                    f"a NumPy array of shape {shape} is not taken as an image; put v2.ToImage() or Image.fromarray before it"
+                    f"a NumPy array of shape {shape} is not an image; convert it with v2.ToImage() or Image.fromarray first"
                 )
         elif alone and type(value) is torch.Tensor and (position == 0 or value.dtype == torch.uint8):
             if len(shape) == 2 and min(shape) > 1:
-                raise ValueError(f"a tensor of shape {shape} has no channels; pass (1, H, W), as image[None]")
+                raise ValueError(f"a tensor of shape {shape} has no channels; pass (1, H, W), such as image[None]")
             if len(shape) > 4:
                 raise ValueError(f"a tensor of shape {shape} has too many dimensions; pass (C, H, W) or (B, C, H, W)")
 
 
 def check_form(image: Any) -> None:
-    """Refuse what no variant can be given back for.
+    """Refuse images in a form that a variant cannot be converted to.
 
     Raises:
         TypeError: A dtype or PIL mode that is not an 8-bit or floating image.
@@ -59,14 +59,14 @@ def check_form(image: Any) -> None:
     if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
         raise ValueError(f"an image tensor has shape {tuple(image.shape)}; pass (C, H, W) or (B, C, H, W) with 1 or 3 channels")
     if image.layout is not torch.strided:
-        raise TypeError(f"an image tensor has layout {image.layout}; pass a dense one, as image.to_dense()")
+        raise TypeError(f"an image tensor has layout {image.layout}; pass a dense one, such as image.to_dense()")
     if not (image.dtype == torch.uint8 or image.is_floating_point()):
         raise TypeError(f"an image tensor has dtype {image.dtype}; pass uint8 in [0, 255] or floats in [0, 1]")
 
 
 def pil_like(variant: Image.Image, original: Image.Image) -> Image.Image:
     """The RGB variant in the original's mode and size; the original's alpha channel stays."""
-    if variant.size != original.size:  # under a user's own key, which need not know the size
+    if variant.size != original.size:  # possible under a user's own key, which may ignore the size
         variant = variant.resize(original.size, Image.Resampling.BICUBIC)
     if original.mode == "RGB":
         return variant
@@ -95,9 +95,9 @@ def to_pil(variant: torch.Tensor) -> Image.Image:
 
 
 def shrunk(image: torch.Tensor) -> torch.Tensor:
-    """A photo ``(3, H, W)`` as large as captioners and CLIP models look at it, several times over, and no larger.
+    """Shrink a large photo ``(3, H, W)`` to a size that is still several times what captioners and CLIP models see.
 
-    They resize by themselves, but in floats, and whole batches: 32 photos of 24 megapixels once took 25 GB.
+    Those models also resize, but in floats and whole batches: 32 photos of 24 megapixels took 25 GB.
     """
     shortest = min(image.shape[1:])
     if shortest <= _SHORTEST_EDGE:

@@ -12,8 +12,8 @@ def image_key(image: Image.Image | torch.Tensor) -> str:
     """32 lowercase hex digits that name the picture: SHA-256 over its size and its RGB bytes, cut to 128 bits.
 
     The same picture has the same key as a PIL image of any mode that converts to RGB, as a uint8 tensor, as a float tensor
-    (``uint8 / 255``), and as a ``tv_tensors.Image``; a grey one also as RGB with three equal channels. Alpha does not
-    count: it is what ``convert("RGB")``, and so ``ImageFolder``, drops.
+    (``uint8 / 255``), and as a ``tv_tensors.Image``. A grey image has the same key as its RGB form with three equal channels.
+    Alpha is ignored: ``convert("RGB")``, and so ``ImageFolder``, drops it.
 
     Shape:
         ``(C, H, W)`` with C = 1 or 3 for tensors; uint8 in [0, 255] or floating in [0, 1]; any device.
@@ -34,7 +34,7 @@ def image_key(image: Image.Image | torch.Tensor) -> str:
     else:
         planes = to_uint8_chw(image)
         _, height, width = planes.shape
-        # PIL's order of bytes: reordering 3 KB of a tensor is cheap, reordering PIL's would cost the common case.
+        # In PIL's byte order: reordering 3 KB of a tensor is cheap, reordering PIL's bytes would slow down the common case.
         pixels = planes.cpu().permute(1, 2, 0).contiguous().numpy()
     # SHA-256 is what processors have instructions for: 2.5 us for 32x32 pixels, where BLAKE2b takes 4.2 us.
     digest = hashlib.sha256(b"%dx%d:" % (width, height))  # the size, or 2x8 and 4x4 of one colour would be the same picture
@@ -45,7 +45,7 @@ def image_key(image: Image.Image | torch.Tensor) -> str:
 def to_uint8_chw(image: Image.Image | torch.Tensor) -> torch.Tensor:
     """The image as a plain uint8 RGB tensor.
 
-    A tensor stays on its device; a uint8 RGB tensor is returned as it is, without a copy: do not write into the result.
+    A tensor stays on its device; a uint8 RGB tensor is returned unchanged, without a copy, so do not write into the result.
     Floats are rounded to the nearest of 256 levels.
 
     Shape:
@@ -63,24 +63,24 @@ def to_uint8_chw(image: Image.Image | torch.Tensor) -> torch.Tensor:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB, itself if it is already."""
+    """The image in mode RGB; returned unchanged if it already is."""
     if image.width == 0 or image.height == 0:
         raise ValueError(f"image of {image.width} x {image.height} pixels is empty; leave it out of the data set")
     if image.mode == "RGB":
         return image
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours as the direct way, which warns that it drops the transparency
+        image = image.convert("RGBA")  # the same colours as a direct conversion, which warns about the transparency
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"image of mode {image.mode!r} cannot be converted to RGB ({error}); convert it before") from error
+        raise ValueError(f"image of mode {image.mode!r} cannot be converted to RGB ({error}); convert it first") from error
 
 
 def _one_image(image: object) -> torch.Tensor:
     """``image`` as a plain (C, H, W) tensor with C = 1 or 3, not empty."""
     if not isinstance(image, torch.Tensor):
         raise TypeError(
-            f"expected a PIL image or a (C, H, W) tensor, got {type(image).__name__}; convert it with v2.ToImage() before"
+            f"expected a PIL image or a (C, H, W) tensor, got {type(image).__name__}; convert it with v2.ToImage() first"
         )
     if type(image) is not torch.Tensor:
         if isinstance(image, tv_tensors.TVTensor) and not isinstance(image, tv_tensors.Image):
@@ -104,7 +104,7 @@ def _rgb_planes(image: torch.Tensor) -> torch.Tensor:
         if not (low >= 0 and high <= 255):  # also catches NaN
             raise ValueError(
                 f"float image has values from {low / 255:.4g} to {high / 255:.4g}, outside [0, 1]; "
-                "take the image before Normalize, or scale it by v2.ToDtype(torch.float32, scale=True)"
+                "take the image before Normalize, or scale it with v2.ToDtype(torch.float32, scale=True)"
             )
         image = levels.to(torch.uint8)
     elif image.dtype != torch.uint8:

@@ -1,4 +1,4 @@
-"""Finding the label that belongs to an image in a sample, and its name: the one reader of labels, for every part."""
+"""Find the label of an image in a sample, and its name. All parts of the package read labels through this module."""
 
 import math
 import numbers
@@ -10,14 +10,14 @@ import torch
 from sgid_transforms.recipe.prompts import clean_label
 
 FIELDS = ("label", "labels", "target", "targets", "class", "fine_label", "y")
-"""Names under which a label is looked for in a dict, in this order."""
+"""Keys under which a label is looked for in a dict, in this order."""
 
 ClassNames = Mapping[Any, Any] | Sequence[Any]
-"""The name of each class number, in order or by number, or words for coded names."""
+"""Names of the class numbers, in order or as a mapping, or a mapping from coded names to words."""
 
 
 def check_class_names(names: Any) -> None:
-    """Refuse what does not name classes.
+    """Refuse class names of a wrong type.
 
     Raises:
         TypeError: It is neither a mapping nor a sequence of names; a path or a set, for instance.
@@ -33,9 +33,9 @@ def check_class_names(names: Any) -> None:
 def find_labels(sample: Any, count: int) -> list[Any]:
     """The label of each of the ``count`` images of a sample, None where there is none.
 
-    Looks at the second element of a tuple or list, and under the usual names in a dict. One label counts for all images
-    of the sample; a list, a 1-D tensor of classes or a 2-D tensor of class probabilities (as MixUp makes them; the
-    likeliest class counts) has one for each.
+    Looks at the second element of a tuple or list, and under the usual names in a dict. A single label applies to all images of
+    the sample. A list, a 1-D tensor of classes or a 2-D tensor of class probabilities (as MixUp makes them; the likeliest class
+    is used) holds one label per image.
     """
     label = _locate(sample)
     if isinstance(label, torch.Tensor) and label.ndim == 2 and len(label) == count:
@@ -48,7 +48,7 @@ def find_labels(sample: Any, count: int) -> list[Any]:
 
 
 def label_field(sample: Mapping[Any, Any]) -> Any | None:
-    """The name under which a dict holds its label, or None."""
+    """The key under which a dict holds its label, or None."""
     return next((name for name in FIELDS if name in sample and _is_label(sample[name])), None)
 
 
@@ -58,8 +58,8 @@ def label_name(label: Any, class_names: ClassNames | None, classes: Sequence[Any
     Args:
         label: A class name, or a class number of any integer type, also in an array of one element.
         class_names: The user's names: a sequence or a mapping by class number, or words for coded names.
-        classes: The data set's own names, which count where the user gives none for a number. Of a name that is a tuple of
-            synonyms, as torchvision's ImageNet has them, the first counts.
+        classes: The data set's own names, used where the user gives none for a number. If a name is a tuple of synonyms, as in
+            torchvision's ImageNet, the first one is used.
     """
     words = class_names if isinstance(class_names, Mapping) else None
     if isinstance(label, str):

@@ -1,4 +1,4 @@
-"""Reading image files of any origin: upright RGB, or one sentence that says why not."""
+"""Read image files of any origin as upright RGB, or say in one sentence why not."""
 
 import os
 import stat
@@ -12,13 +12,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sgid_transforms.errors import ImageError
 
 EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Endings that count as images: those of torchvision's ``ImageFolder``."""
+"""Extensions of image files: those of torchvision's ``ImageFolder``."""
 
 FORMATS: Final = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-"""What is decoded, whatever a file's ending says; Pillow would otherwise try some forty formats on a stranger's bytes."""
+"""Formats that are decoded, whatever a file's extension; Pillow would otherwise try some forty formats on untrusted bytes."""
 
 MAX_PIXELS: Final = 2**26
-"""Most pixels of an image, 8192 x 8192: below what Pillow takes for a decompression bomb, and what a store can hold."""
+"""Maximum pixels of an image, 8192 x 8192: below Pillow's limit for decompression bombs, and the limit of a variant store."""
 
 MAX_SIDE: Final = 16383
 """Longest side of an image in pixels: that of WebP, so that a variant of every image can be stored in every format."""
@@ -32,7 +32,7 @@ _TOO_LARGE: Final = (
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse a picture that no store could hold a variant of.
+    """Refuse a picture that is too large for a variant store.
 
     Raises:
         ImageError: It has more than ``MAX_PIXELS`` pixels, or a side longer than ``MAX_SIDE``.
@@ -42,29 +42,28 @@ def check_size(width: int, height: int) -> None:
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture of a file as a person sees it: turned as its EXIF orientation says, in mode RGB, decoded to the end.
+    """Load an image file as a person sees it: rotated by its EXIF orientation, in mode RGB, fully decoded.
 
-    It can be the loader of torchvision's ``ImageFolder(root, loader=load_image)``, whose own one leaves photos of phones
-    lying on their side. Transparency is dropped and CMYK converted, as ``convert("RGB")`` does. Of an animation, the first
-    picture counts.
+    Pass it to torchvision as ``ImageFolder(root, loader=load_image)``: the default loader leaves phone photos lying on their
+    side. Transparency is dropped and CMYK converted, as ``convert("RGB")`` does. Of an animation, the first frame is used.
 
     Raises:
-        ImageError: the file cannot be read, is cut off, is no image, holds more than ``MAX_PIXELS`` pixels, or more than
-            8 bits a channel. The message is the reason alone, without the path.
+        ImageError: the file cannot be read, is cut off, is not an image, or has more than ``MAX_PIXELS`` pixels or more than 8
+            bits per channel. The message gives only the reason, without the path.
     """
     return read_image(path)[0]
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
-    """`load_image`, and whether the picture was turned."""
+    """Like `load_image`, but also returns whether the picture was turned."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for whoever writes into it
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block until somebody writes to it
             raise ImageError("it is not a plain file")
         if status.st_size == 0:
             raise ImageError("it is empty (0 bytes)")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF and odd metadata; pixels in doubt raise
+            warnings.simplefilter("ignore")  # about broken EXIF and odd metadata; damaged pixels raise
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 check_size(*image.size)
@@ -86,7 +85,7 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the file's ending is one that ``ImageFolder`` takes for an image's."""
+    """Whether ``ImageFolder`` takes the file for an image, by its extension."""
     return path.suffix.lower() in EXTENSIONS
 
 
@@ -97,7 +96,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether a file holds more than 8 bits a channel, which Pillow's mode hides for colours: it cuts them off, or worse."""
+    """Whether a file has more than 8 bits per channel. Pillow's mode hides that for colours: it drops the rest, or worse."""
     for tile in getattr(image, "tile", ()):
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(";16" in one or ";12" in one for one in arguments if isinstance(one, str)):
@@ -111,7 +110,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (OSError, ValueError, TypeError, SyntaxError, struct.error, KeyError, IndexError):
-        return 1  # EXIF that cannot be read turns nothing
+        return 1  # unreadable EXIF turns nothing
 
 
 def _os_reason(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""Taking a data set's samples apart: the image, its label, and the way to put another image in its place."""
+"""Take a data set's samples apart: the image, its label, and a function that puts another image in its place."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""Charts by matplotlib, as SVG images for an HTML page: a browser runs no script of an image, and loads nothing for it."""
+"""Matplotlib charts as SVG images for an HTML page. Browsers run no scripts in images, and load nothing for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Chart(NamedTuple):
     """A chart.
 
     Args:
-        title: What it answers.
+        title: The question it answers.
         text: What it shows.
         src: Data URI of the SVG.
     """
@@ -30,7 +30,7 @@ class Chart(NamedTuple):
 
 
 def draw_charts(facts: Survey) -> list[Chart]:
-    """Draw those charts for which there are figures."""
+    """Draw the charts for which there are figures."""
     charts = []
     shown = [(image, variant) for image in facts.images for variant in image.variants]
 
@@ -46,12 +46,12 @@ def draw_charts(facts: Survey) -> list[Chart]:
         if variant.strength is not None and variant.image_similarity is not None
     ][:_MAX_POINTS]
     if len(points) > 1:
-        text = "Each mark is a variant: how much of it was redrawn, and how similar to its original it stayed."
+        text = "Each mark is a variant: its strength, and its similarity to the original."
         charts.append(Chart("Strength and change", text, _render(lambda axes: _change(axes, points))))
 
     reasons = facts.overall.reasons
     if reasons:
-        text = "Attempts of variants that could not be made, by reason."
+        text = "Attempts at variants that could not be made, by reason."
         charts.append(Chart("Rejected attempts", text, _render(lambda axes: _reasons(axes, dict(reasons)))))
     return charts
 
@@ -117,5 +117,5 @@ def _reasons(axes: Any, reasons: dict[str, int]) -> None:
 
 
 def _legend(axes: Any) -> None:
-    """Above the axes, where no data can be."""
+    """Draw the legend above the axes, where it hides no data."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handletextpad=0.4, columnspacing=1.2)

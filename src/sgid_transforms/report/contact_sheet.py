@@ -1,4 +1,4 @@
-"""A contact sheet: one row an original, its variants beside it."""
+"""A contact sheet: each row shows an original and its variants."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def contact_sheet(
 
     Args:
         rows: images, row by row: uint8 tensors (3, H, W), PIL images, or ``None`` for an empty cell. Rows may differ in length.
-        row_titles: a line of text above each row, cut where it does not fit; none or one for each row.
+        row_titles: a line of text above each row, truncated to fit; none or one for each row.
         column_titles: a line of text above each column; none or one for each column.
         cell: side of a cell in pixels. Images are fitted into it with their aspect ratio kept; smaller ones are enlarged
             by whole factors without smoothing, so that a 32-pixel image shows its true pixels.
@@ -32,7 +32,7 @@ def contact_sheet(
         An RGB image.
 
     Raises:
-        ValueError: no rows, or as many titles as neither rows nor columns.
+        ValueError: there are no images, or the number of titles is wrong.
     """
     if not rows or not any(len(row) for row in rows):
         raise ValueError("a contact sheet needs at least one image, got none")

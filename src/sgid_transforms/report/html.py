@@ -1,4 +1,4 @@
-"""One HTML file that shows what the augmentation does: figures, worst and best cases, every original beside its variants."""
+"""One HTML file that shows what the augmentation does: figures, worst and best cases, every original with its variants."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sgid_transforms.report.survey import ImageFacts, Originals, Reader, Row, Su
 from sgid_transforms.variants.store import VariantStore
 
 _CASES = 6
-_PIXEL_ART = 64  # up to this side an image is embedded as it is, and enlarged without smoothing
+_PIXEL_ART = 64  # images up to this side are embedded unchanged, and enlarged without smoothing
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what HTML or UTF-8 cannot hold
 
 Measure = Callable[[ImageFacts, VariantFacts], float | None]
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
     Args:
         src: Data URI.
-        pixels: Whether it is so small that its pixels should show.
+        pixels: Whether it is small enough to show its pixels.
     """
 
     src: str
@@ -52,7 +52,7 @@ class Picture(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One original with its variants, as the gallery shows it. It is sorted by ``worst``, ``best`` and ``change``."""
+    """One original with its variants, as shown in the gallery. Cards are sorted by ``worst``, ``best`` and ``change``."""
 
     image: ImageFacts
     anchor: str
@@ -82,23 +82,23 @@ def write_report(
 ) -> Survey:
     """Measure the variants of a recipe and write an HTML report: one file that loads nothing from anywhere.
 
-    Captions, class names and paths are shown as text, whatever they hold; a content security policy lets no script run but
-    the report's own.
+    Captions, class names and paths are always shown as text. A content security policy allows only the report's own script.
 
     Args:
         path: The HTML file; its folder is created, and an older file replaced.
         captions: Labels, captions and paths of the originals.
         variants: The variants.
         recipe: The recipe of these variants.
-        originals: Folder that relative paths of the records start from (default: the working folder), or a function
-            that returns the image of a record, or ``None``, for data sets without files.
-        scorer: An image-text model such as ``CLIPScorer``; without it there are neither label agreement nor diversity.
+        originals: Folder that the records' relative paths start from (default: the working folder). For data sets without
+            files: a function that returns the image of a record, or ``None``.
+        scorer: An image-text model such as ``CLIPScorer``; without it, label agreement and diversity are not measured.
         class_names: Classes that the scorer chooses among; default: all labels of the caption store.
         title: Heading of the report.
-        max_originals: Originals to measure; a larger store is sampled, which the report says.
-        max_images: Pictures to embed; more are cut to the worst and best originals, which the report says.
+        max_originals: Maximum number of originals to measure; of a larger store, the report shows a sample and says so.
+        max_images: Maximum number of pictures to embed; beyond it, only the worst and best originals are shown, and the report
+            says so.
         max_side: Longest side of an embedded picture in pixels.
-        progress: Wraps the keys while they are measured, as ``tqdm`` does.
+        progress: Wraps the iterable of keys, as ``tqdm`` does.
 
     Returns:
         The figures.
@@ -140,9 +140,9 @@ def check_extra() -> None:
 
 
 def choose(images: Sequence[ImageFacts], max_images: int) -> list[ImageFacts]:
-    """Worst and best originals in turn, as long as they and their variants are no more than ``max_images``; worst first.
+    """Pick the worst and best originals in turn, up to ``max_images`` pictures with their variants; worst first.
 
-    At least one original is chosen, if there is any.
+    At least one original is picked, if there is any.
     """
     worst = sorted(images, key=lambda image: _last_if_none(_lowest(image, _badness)))
     best = sorted(images, key=lambda image: _last_if_none(_lowest(image, _goodness)))
@@ -190,7 +190,7 @@ def _last_if_none(value: float | None) -> float:
 
 
 def _card(number: int, image: ImageFacts, reader: Reader, max_side: int) -> Card:
-    """Read an image once more, to show it: until it is known which are shown, all of them would not fit into memory."""
+    """Read an image again to show it: keeping all of them until the choice is made would take too much memory."""
     row = next(reader.rows([image.key]), Row(image, None, {}))
     pictures = {number: embed(pixels, max_side) for number, pixels in row.pixels.items()}
     made = [variant for variant in image.variants if variant.made]
@@ -198,6 +198,7 @@ def _card(number: int, image: ImageFacts, reader: Reader, max_side: int) -> Card
     similarities = [variant.image_similarity for variant in made if variant.image_similarity is not None]
     kept = [variant.answer == image.label for variant in made if variant.answer is not None]
     states = {"lost": not all(kept), "kept": bool(kept) and all(kept), "rejected": len(made) < len(image.variants)}
+    states["contradicts"] = image.contradiction is not None
     return Card(
         image=image,
         anchor=f"image-{number}",
@@ -212,7 +213,7 @@ def _card(number: int, image: ImageFacts, reader: Reader, max_side: int) -> Card
 
 
 def _cases(cards: Sequence[Card], measure: Measure) -> list[tuple[Card, VariantFacts, Picture]]:
-    """The variants that measure lowest, one of an original."""
+    """The variants with the lowest measures, at most one per original."""
     found = []
     for card in cards:
         scored = [
@@ -257,7 +258,7 @@ def _render(facts: Survey, recipe: Recipe, cards: Sequence[Card], title: str) ->
 
 
 def _printable(value: Any) -> Any:
-    """Text with U+FFFD in place of half characters and control characters."""
+    """Text with U+FFFD in place of lone surrogates and control characters."""
     return _UNPRINTABLE.sub("\ufffd", value) if type(value) is str else value
 
 

@@ -1,6 +1,6 @@
-"""Figures of sets of images: how far they are apart, and how different from each other.
+"""Metrics of sets of images: how far apart two sets are, and how diverse one set is.
 
-They work on embeddings ``(N, D)`` of any model, such as `image_features`.
+They work on embeddings ``(N, D)`` of any model, such as those of `image_features`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _BLOCK = 4096
 
 
 class Scorer(Protocol):
-    """What is asked of an image-text model; ``CLIPScorer`` is one."""
+    """What an image-text model must offer; ``CLIPScorer`` is one."""
 
     def image_features(self, images: Sequence[torch.Tensor], /) -> torch.Tensor:
         """Embeddings ``(N, D)`` of unit length of uint8 images ``(3, H, W)``."""
@@ -28,11 +28,11 @@ class Scorer(Protocol):
 
 
 def cmmd(features: torch.Tensor, others: torch.Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """Distance of two sets of images in CLIP's space: squared maximum mean discrepancy with a Gaussian kernel, times ``scale``.
+    """Distance between two image sets in CLIP's space: squared maximum mean discrepancy (Gaussian kernel), times ``scale``.
 
-    0 for equal sets. Unlike FID it assumes no normal distribution and does not need thousands of images. The estimate is
-    the one of the paper's code, whose expectation is above 0 for two samples of one distribution: compare with the
-    figure of two halves of the originals. Figures of different CLIP models do not compare (the paper's is ViT-L/14 at 336 px).
+    0 for equal sets. Unlike FID, it assumes no normal distribution and does not need thousands of images. The estimator is that
+    of the paper's code. Its expectation is above 0 for two samples of one distribution, so compare it with the figure for two
+    halves of the originals. Figures of different CLIP models cannot be compared (the paper uses ViT-L/14 at 336 px).
 
     Source: Jayasumana et al. 2024, "Rethinking FID", arXiv 2401.09603.
 
@@ -40,10 +40,10 @@ def cmmd(features: torch.Tensor, others: torch.Tensor, *, sigma: float = 10.0, s
         features: embeddings ``(N, D)``; scaled to unit length here, as in the paper's code.
         others: embeddings ``(M, D)``.
         sigma: width of the kernel.
-        scale: only makes the figure readable.
+        scale: makes the figure easier to read.
 
     Raises:
-        ValueError: not two non-empty matrices of one width.
+        ValueError: not two non-empty matrices of the same width.
     """
     x, y = _unit(features), _unit(others)
     if x.shape[1] != y.shape[1]:
@@ -55,8 +55,8 @@ def cmmd(features: torch.Tensor, others: torch.Tensor, *, sigma: float = 10.0, s
 def vendi_score(features: torch.Tensor) -> float:
     """Effective number of different images: 1 for N equal ones, N for N that have nothing in common.
 
-    The exponential of the entropy of the eigenvalues of ``K / N``, with cosines as the kernel ``K``. It grows with N:
-    compare sets of one size.
+    It is the exponential of the entropy of the eigenvalues of ``K / N``, with cosines as the kernel ``K``. It grows with N, so
+    compare sets of the same size.
 
     Source: Friedman and Dieng 2023, "The Vendi Score", arXiv 2210.02410.
 
@@ -98,7 +98,7 @@ def _mean_kernel(x: torch.Tensor, y: torch.Tensor, sigma: float) -> float:
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
-    """Rows of unit length in double precision: differences of means near 1 lose what floats have."""
+    """Rows of unit length in double precision: differences of means near 1 would lose all digits in float32."""
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"embeddings of shape {tuple(features.shape)} are not (N, D) with at least one row; stack them")
     return F.normalize(features.detach().cpu().double(), dim=1)

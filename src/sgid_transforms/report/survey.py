@@ -1,4 +1,4 @@
-"""What is in the stores, measured: the figures behind the HTML report, and for any script."""
+"""Measure what is in the stores: the figures behind the HTML report, also for use in scripts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from sgid_transforms.variants.store import VariantStore
 NO_LABEL = "(no label)"
 
 Originals = str | os.PathLike[str] | Callable[[CaptionRecord], "Image.Image | torch.Tensor | None"]
-"""Where originals are found: the folder that the records' relative paths start from, or a function of a record."""
+"""Where to find originals: the folder that the records' relative paths start from, or a function of a record."""
 
-_CHUNK = 16  # originals that are in memory at a time, with their variants
+_CHUNK = 16  # originals held in memory at a time, with their variants
 _MIN_CMMD = 8  # originals in each half
 
 
@@ -78,6 +78,7 @@ class ImageFacts:
         name: The last two parts of its path, if it has one.
         similarity: Cosine with its prompt, from the caption store.
         rank: Rank of the similarity within the data set.
+        contradiction: By what its caption contradicts its label, from the caption store.
         found: Whether the original could be read.
         label_probability: Probability of its label among all class names.
         answer: The class name that the scorer finds likeliest.
@@ -90,6 +91,7 @@ class ImageFacts:
     name: str = ""
     similarity: float | None = None
     rank: float | None = None
+    contradiction: str | None = None
     found: bool = False
     label_probability: float | None = None
     answer: str | None = None
@@ -100,15 +102,15 @@ class ImageFacts:
 class ClassFacts:
     """The figures of one class, or of all. What could not be measured is ``None``.
 
-    Label agreement is the share of images whose likeliest class name, by the scorer, is their label. Distances and Vendi
-    scores compare sets of one size: the originals that have a variant, and the first variant of each of them.
+    Label agreement is the share of images whose likeliest class name, by the scorer, is their label. Distances and Vendi scores
+    compare sets of the same size: the originals that have a variant, and the first variant of each of them.
 
     Args:
         label: Name of the class.
         originals: Number of originals that were measured.
         variants: Number of their variants.
         rejected: Number of variants that could not be made.
-        reasons: Rejected attempts of these, by reason.
+        reasons: Number of their rejected attempts, by reason.
         agreement_originals: Label agreement of the originals.
         agreement: Label agreement of the variants.
         image_similarity: Mean cosine of variants and their originals.
@@ -159,7 +161,7 @@ class Survey:
     scorer: str = ""
 
     def to_dict(self, *, images: bool = False) -> dict[str, Any]:
-        """Plain values for ``json.dumps``, with or without every single image."""
+        """Plain values for ``json.dumps``; ``images`` includes those of every image."""
         values = asdict(self)
         return values if images else {name: value for name, value in values.items() if name != "images"}
 
@@ -181,12 +183,12 @@ def survey(
         captions: Labels, captions and paths of the originals.
         variants: The variants.
         recipe: The recipe of these variants.
-        originals: Folder that relative paths of the records start from (default: the working folder), or a function
-            that returns the image of a record, or ``None``, for data sets without files.
+        originals: Folder that the records' relative paths start from (default: the working folder). For data sets without
+            files: a function that returns the image of a record, or ``None``.
         scorer: An image-text model such as ``CLIPScorer``; without one, only what generation measured is known.
         class_names: Classes that the scorer chooses among; default: all labels of the caption store.
         max_originals: Larger stores are sampled by a hash of the keys, so that the sample is always the same.
-        progress: Wraps the keys while they are measured, as ``tqdm`` does.
+        progress: Wraps the iterable of keys, as ``tqdm`` does.
 
     Raises:
         ValueError: ``max_originals`` is below 1.
@@ -198,8 +200,8 @@ def survey(
 def find_variants(captions: CaptionStore, variants: VariantStore, recipe: Recipe) -> dict[str, set[tuple[str, int]]]:
     """Store key and number of every variant and failure of a recipe, by the key of the original.
 
-    Those that were made under another caption or label than the present one are left out, as training does. Of an image that
-    the caption store does not know, all are there.
+    Those made with an outdated caption or label are left out, as in training. For an image that the caption store does not
+    know, all are included.
     """
     address = Address(recipe, captions)
     found: dict[str, set[tuple[str, int]]] = {}
@@ -241,7 +243,7 @@ class Reader:
         self.found = find_variants(captions, variants, recipe)
 
     def rows(self, keys: Sequence[str]) -> Iterator[Row]:
-        """The rows of these originals; damaged variants, and originals without any other, are left out."""
+        """The rows of these originals. Damaged variants are left out, and so are originals that have no others."""
         records = self.captions.get_many(keys)
         for key in keys:
             record, image = records.get(key), self._original(records.get(key))
@@ -273,6 +275,7 @@ class Reader:
                     name="/".join(Path(record.path).parts[-2:]) if record and record.path else "",
                     similarity=record.similarity if record else None,
                     rank=record.rank if record else None,
+                    contradiction=record.contradiction if record else None,
                     found=image is not None,
                     variants=tuple(found),
                 )
@@ -397,7 +400,7 @@ def _summarize(label: str, scored: Sequence[_Scored]) -> ClassFacts:
 def _half_cmmd(scored: Sequence[_Scored]) -> tuple[float, float] | tuple[None, None]:
     """CMMD of one half of the originals to the variants of the other half, and to that half itself.
 
-    The halves have one size, and no original is compared with its own variant: only the generator sets the two apart.
+    The halves have the same size, and no original is compared with its own variants, so only the generator makes a difference.
     """
     original, first = _pairs(scored)
     half = len(original) // 2

@@ -23,15 +23,15 @@ from sgid_transforms.service.protocol import (
     wanted_header,
 )
 
-_FULL_PAUSE = 0.1  # seconds without asking after the background queue was found full
+_FULL_PAUSE = 0.1  # seconds to wait before asking again after the background queue was full
 
 
 class _Link:
-    """One connection, closed when its owner forgets it."""
+    """One connection, closed when it is garbage-collected."""
 
     def __init__(self, address: str, patience: float, timeout: float | None = None) -> None:
         self.pid = os.getpid()
-        self.patience = patience  # seconds for every single reading and writing
+        self.patience = patience  # timeout of each read and write, in seconds
         deadline = time.monotonic() + (patience if timeout is None else min(patience, timeout))
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -42,16 +42,16 @@ class _Link:
                 connection.close()
                 if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
                     raise
-                time.sleep(_FULL_PAUSE)  # more clients at once than the system lets wait for being accepted
+                time.sleep(_FULL_PAUSE)  # too many clients are waiting to be accepted
             else:
                 break
         self.socket = connection
 
     def check(self) -> None:
-        """Notice that the peer is gone, without waiting.
+        """Check without waiting that the peer is still there.
 
         Raises:
-            EOFError, OSError: It is.
+            EOFError, OSError: The peer is gone.
         """
         self.socket.settimeout(0)
         try:
@@ -76,10 +76,10 @@ class _Link:
                 raise TimeoutError(f"the generation service gave no sign of life for {self.patience:g} s")
 
     def answer(self, waiting: Waiting, op: str = "") -> Frame:
-        """The next frame that is more than a sign of life.
+        """The next frame that is not just a sign of life.
 
         Raises:
-            ValueError: It is a refusal, or not the operation that it must be.
+            ValueError: The service refused, or answered with another operation than ``op``.
             EOFError, OSError: The service is gone, or silent.
         """
         done: object = None
@@ -96,18 +96,18 @@ class _Link:
 
     def __del__(self) -> None:
         # In a forked child this closes the child's copy only; the parent's connection lives on.
-        if hasattr(self, "socket"):  # it was never connected
+        if hasattr(self, "socket"):  # else it never connected
             self.socket.close()
 
 
 class _Delivery:
-    """One frame that nobody waits for, on its way: a thread sends it and reads its acknowledgement."""
+    """One frame that nobody waits for: a thread sends it and reads its acknowledgement."""
 
     def __init__(self, link: _Link, wanted: Sequence[Wanted], recipe: str | None) -> None:
         self.link = link
         self.dropped = 0
         self.error: Exception | None = None
-        images = [one.image.clone() for one in wanted]  # the caller may go on to change its own
+        images = [one.image.clone() for one in wanted]  # the caller may change its own afterwards
         self._thread = threading.Thread(
             target=self._run, args=(images, wanted_header(wanted), recipe), daemon=True, name="sgid-enqueue"
         )
@@ -131,15 +131,15 @@ class _Delivery:
 class ServiceClient:
     """A handle on a running service; pickles to a few bytes and works in any process and thread of this machine.
 
-    Every (process, thread) opens a connection of its own at its first request, also after a fork. An answer is used only after
-    it was compared with its question; a connection whose question was interrupted is never used again.
+    Every thread of every process opens its own connection at its first request, also after a fork. An answer is used only if it
+    matches its request, and a connection is closed if a request on it was interrupted.
 
     Args:
         address: Path of the service's socket.
-        patience: Seconds without any sign of life after which the service counts as dead. A service that
-            works on a long batch sends one every second; one that was killed is noticed at once.
-        recipe: Fingerprint of the recipe whose variants are wanted; a service for another one refuses.
-        timeout: Seconds that a call of `generate` waits at most, whatever the service says.
+        patience: Seconds without any sign of life after which the service counts as dead. A service that works on a long batch
+            sends one every second; a killed service is noticed at once.
+        recipe: Fingerprint of the recipe whose variants are wanted; a service for another recipe refuses.
+        timeout: Maximum seconds that a call of `generate` waits, even while the service shows signs of life.
     """
 
     def __init__(self, address: str, patience: float = 60.0, recipe: str | None = None, timeout: float | None = None) -> None:
@@ -177,7 +177,7 @@ class ServiceClient:
         """Ask for variants and wait for their outcomes, in order.
 
         Raises:
-            ServiceError: The service is not there, died while it worked, took too long, or answered another question.
+            ServiceError: The service is not running, died, took too long, or answered a different request.
         """
         outcomes: dict[int, Outcome] = {}
         fitting = {}
@@ -194,7 +194,7 @@ class ServiceClient:
             frame = self._ask(waiting, "generate", images, items=wanted_header(part), number=number, recipe=self.recipe)
             try:
                 if frame.op != "outcomes" or frame.header.get("number") != number:
-                    raise ValueError("the service answered another question than the one that was asked")
+                    raise ValueError("the service answered a different request")
                 made += outcomes_of(frame, part)
             except (ValueError, KeyError) as error:
                 self.close()
@@ -203,18 +203,18 @@ class ServiceClient:
         return [outcomes[position] for position in range(len(wanted))]
 
     def enqueue(self, wanted: Sequence[Wanted]) -> int:
-        """Ask for variants without waiting for them; returns how many are known to be dropped since the last call.
+        """Request variants without waiting for them; returns how many are known to have been dropped since the last call.
 
-        A thread sends them, as a socket takes no more than some hundred kilobytes before the service reads. One frame per
-        process is under way at most, which bounds what a slow service can pile up; what comes meanwhile is dropped.
+        A thread sends them, since a socket buffers only some hundred kilobytes until the service reads. Each process sends at
+        most one frame at a time, so that requests cannot pile up at a slow service; those made meanwhile are dropped.
 
         Raises:
-            ServiceError: The service is not there.
+            ServiceError: The service is not running.
         """
-        if self._delivery_pid != os.getpid():  # after a fork: the connection is the parent's, and so was who holds the lock
+        if self._delivery_pid != os.getpid():  # after a fork: connection and lock belong to the parent
             self._delivery = None
             self._delivery_lock, self._delivery_pid = threading.Lock(), os.getpid()
-        if not self._delivery_lock.acquire(blocking=False):  # another thread is just asking
+        if not self._delivery_lock.acquire(blocking=False):  # another thread is sending
             return len(wanted)
         try:
             last = self._delivery
@@ -244,7 +244,7 @@ class ServiceClient:
 
     @property
     def full(self) -> bool:
-        """The background queue was full a moment ago; asking again would be in vain."""
+        """Whether the background queue was full a moment ago, so that asking again is pointless."""
         return time.monotonic() < self._full_until
 
     def stats(self, timeout: float | None = None) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class ServiceClient:
         except (OSError, EOFError, ValueError) as error:
             self.close()
             raise self._lost(error) from error
-        except BaseException:  # interrupted: the answer is still to come, and the next question must not find it
+        except BaseException:  # interrupted: the next request must not receive the answer to this one
             self.close()
             raise
 
@@ -284,12 +284,12 @@ class ServiceClient:
             return ServiceError(f"the generation service at {self.address} cannot be used: {error}")
         return ServiceError(
             f"the generation service at {self.address} is gone ({type(error).__name__}: {error}); "
-            "start it again with `sgid.serve(...)`, or pass on_error='original' to train on without it"
+            "start it again with `sgid.serve(...)`, or pass on_error='original' to continue training without it"
         )
 
 
 def too_large(one: Wanted) -> str | None:
-    """Why a service cannot take this picture, if so."""
+    """Why the service cannot take this picture, or None."""
     height, width = one.image.shape[1:]
     if 3 * height * width <= PICTURE_BYTES:
         return None
@@ -300,7 +300,7 @@ def too_large(one: Wanted) -> str | None:
 
 
 def _frames(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-    """The wishes in parts whose pixels fit into one frame; at least one, possibly empty."""
+    """Split requests into parts whose pixels fit into one frame; yields at least one part, which may be empty."""
     part: list[Wanted] = []
     size = 0
     for one in wanted:

@@ -27,23 +27,23 @@ _FOLDERS = "sgid-service-"
 _ADDRESS = ".address"
 _OLD_SECONDS = 86400.0
 _ALIVE_SECONDS = 5.0
-_LONGEST_FOLDER = 90  # bytes; socket paths end at about 104
+_LONGEST_FOLDER = 90  # bytes; socket paths are limited to about 104
 _LOAD_ERRORS = {"ModelLoadError": ModelLoadError, "GenerationError": GenerationError}
 
 
 class GenerationService:
     """One process that owns the model and serves every worker and rank of this machine.
 
-    The process is a fresh interpreter (never a fork, so CUDA is safe whatever the start method of the workers), it does
-    not import the caller's main script, and it ends with the process that started it, however that one ends.
+    The process is a fresh interpreter, never a fork, so CUDA is safe with any start method of the workers. It does not import
+    the caller's main script, and it ends with the process that started it, however that one ends.
 
     Args:
-        factory: Picklable, without arguments, from an importable module; called in the service process, it
-            returns the `Builder` whose ``stream`` makes variants.
-        max_batch: How many variants an idle model waits for, at most, before it begins. A working one takes as many as it
+        factory: A picklable function without arguments, from an importable module. It is called in the service process and
+            returns the `Builder` that makes the variants.
+        max_batch: Maximum number of variants that an idle model waits for before it starts. A working model takes as many as it
             has room for.
-        max_wait: Seconds that the first one waits for others.
-        max_queue: Bound on work that nobody waits for.
+        max_wait: Seconds that the first variant waits for others.
+        max_queue: Maximum number of queued variants that nobody waits for.
         rendezvous: Ranks that name the same file share one service: the first one starts it, the
             others attach. The service ends when the rank that started it stops it.
         recipe: Fingerprint of the recipe; clients that want variants of another one are refused.
@@ -123,7 +123,7 @@ class GenerationService:
     def start(self) -> Self:
         """Start the process, or attach to the one of another rank, and wait until its model is loaded."""
         if self._client is not None:
-            raise ServiceError("the generation service runs already; stop it before starting it again")
+            raise ServiceError("the generation service is already running; stop it before starting it again")
         if self._rendezvous is None:
             self._launch()
         else:
@@ -131,12 +131,12 @@ class GenerationService:
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End the process; what the model has in work gets ``timeout`` seconds to finish. Stopping twice is harmless."""
+        """End the process; work in progress gets ``timeout`` seconds to finish. Stopping twice is harmless."""
         client, process = self._client, self._process
         self._client = self._process = self.pid = None
         if process is not None and process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
-                process.stdin.write(b"stop")  # type: ignore[union-attr]  # the pipe's end alone may be kept open by workers
+                process.stdin.write(b"stop")  # type: ignore[union-attr]  # workers may keep the pipe open
                 process.stdin.close()  # type: ignore[union-attr]
             try:
                 process.wait(timeout)
@@ -244,13 +244,13 @@ class GenerationService:
 def _check_system() -> None:
     if not hasattr(socket, "AF_UNIX"):
         raise ServiceError(
-            "this system's Python has no Unix sockets, which a service needs; make the variants before the training, by "
+            "this system's Python has no Unix sockets, which a service needs; make the variants before training with "
             "`sgid generate`, or use on_miss='generate' without serve()"
         )
 
 
 def job_rendezvous(*more: str) -> Path | None:
-    """The file where the ranks of this distributed job meet, or None outside of one.
+    """The rendezvous file for the ranks of this distributed job, or None outside of a job.
 
     Raises:
         ServiceError: The folder for such files belongs to another user.
@@ -263,7 +263,7 @@ def job_rendezvous(*more: str) -> Path | None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise ServiceError(f"{folder} cannot be made: {error.strerror}; set TMPDIR") from error
+        raise ServiceError(f"{folder} cannot be created: {error.strerror}; set TMPDIR") from error
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ServiceError(f"{folder} belongs to somebody else; set TMPDIR to a folder of your own")
     _forget_old_jobs(folder)
@@ -287,13 +287,13 @@ _spawners: dict[int, ThreadPoolExecutor] = {}
 
 
 def _spawn(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-    """Start a process from a thread that lives as long as this process: Linux counts its end as that of the parent."""
+    """Start a process from a thread that lives as long as this process: Linux takes its end for the end of the parent."""
     spawner = _spawners.setdefault(os.getpid(), ThreadPoolExecutor(1, "sgid-spawn"))
     return spawner.submit(lambda: subprocess.Popen(command, **options)).result()
 
 
 def _private_folder() -> str:
-    """A new folder that only this user can enter: that is what keeps others from the socket in it."""
+    """A new folder that only this user can enter, which protects the socket in it from other users."""
     prefix = f"{_FOLDERS}{os.getpid()}-"
     folder = tempfile.mkdtemp(prefix=prefix)
     if len(os.fsencode(folder)) > _LONGEST_FOLDER:
@@ -303,7 +303,7 @@ def _private_folder() -> str:
 
 
 def _temporary() -> str:
-    with contextlib.suppress(OSError):  # there may be no folder that can be written
+    with contextlib.suppress(OSError):  # there may be no writable folder
         return tempfile.gettempdir()
     return "any temporary folder"
 

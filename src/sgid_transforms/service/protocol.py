@@ -19,17 +19,17 @@ _MAX_HEADER = 1 << 20
 _SMALL = 1 << 16
 
 PICTURE_BYTES = 72 << 20
-"""Bytes of the largest picture that a service takes, of 25 megapixels; while it is in work, it takes four times as much."""
+"""Bytes of the largest picture that a service takes (25 megapixels); working on it takes four times as much memory."""
 
 FRAME_BYTES = 1 << 24
-"""Bytes of the pixels of one frame, unless a single image has more: a client sends further ones in frames of their own."""
+"""Pixel bytes of one frame, unless a single image has more; a client splits larger requests into several frames."""
 
 FRAME_ITEMS = 256
-"""Images of one frame."""
+"""Maximum number of images in one frame."""
 
 
 class Frame(NamedTuple):
-    """What one side says: an operation, its details, and pixels."""
+    """One message: an operation, its details, and pixels."""
 
     op: str
     header: dict[str, Any]
@@ -49,8 +49,8 @@ def send_frame(
 
     Args:
         sock: The connection.
-        op: What is said.
-        images: What follows the header.
+        op: The operation.
+        images: Images whose pixels follow the header.
         ask: Called before pixels are sent; a client waits there until the service has room for them.
         header: Details.
 
@@ -91,7 +91,7 @@ def recv_frame(sock: socket.socket, admit: Callable[[int], object] = lambda size
         sizes = [_bytes_of(one["size"]) for one in header.get("items", ()) if one.get("size") is not None]
     except (RecursionError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"the peer sent a malformed frame ({type(error).__name__})") from None
-    if sum(sizes) != size:  # before any memory is asked for
+    if sum(sizes) != size:  # before any memory is allocated
         raise ValueError(f"a frame announced images of {sum(sizes)} bytes and carries {size}")
     if size:
         admit(size)
@@ -99,7 +99,7 @@ def recv_frame(sock: socket.socket, admit: Callable[[int], object] = lambda size
 
 
 def wanted_header(wanted: Sequence[Wanted]) -> list[dict[str, Any]]:
-    """Wanted variants, but for their pixels, as a frame's ``items``."""
+    """Wanted variants as a frame's ``items``, without their pixels."""
     return [{"key": one.key, "variant": one.variant, "label": one.label, "size": list(one.image.shape[1:])} for one in wanted]
 
 
@@ -119,7 +119,7 @@ def wanted_of(frame: Frame) -> list[Wanted]:
 
 
 def outcome_header(wanted: Sequence[Wanted], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Outcomes, each with the name of what it answers."""
+    """Outcomes as a frame's ``items``, each with the key and number of its variant."""
     return [
         {
             "key": one.key,
@@ -137,11 +137,11 @@ def outcomes_of(frame: Frame, wanted: Sequence[Wanted]) -> list[Outcome]:
     """The reverse of `outcome_header`.
 
     Raises:
-        ValueError: It does not answer ``wanted``, name by name: nothing of it may be used.
+        ValueError: The frame does not answer exactly ``wanted``, so none of it may be used.
     """
     answers = list(_with_pixels(frame))
     if [(item.get("key"), item.get("variant")) for item, _ in answers] != [one.name for one in wanted]:
-        raise ValueError("the service answered another question than the one that was asked")
+        raise ValueError("the service answered a different request")
     return [Outcome(Status(item["status"]), str(item["reason"]), image, bool(item["made"])) for item, image in answers]
 
 
@@ -154,7 +154,7 @@ def _with_pixels(frame: Frame) -> "list[tuple[Mapping[str, Any], torch.Tensor | 
             continue
         height, width = item["size"]
         length = 3 * height * width
-        import torch  # only where there are images: a service process is there before it
+        import torch  # only where there are images: a service process must start without it
 
         pixels = torch.frombuffer(frame.pixels[offset : offset + length], dtype=torch.uint8)
         found.append((item, pixels.view(3, height, width)))
@@ -169,10 +169,10 @@ def _bytes_of(size: Any) -> int:
 
 
 def _recv_exactly(sock: socket.socket, size: int) -> memoryview:
-    """So many bytes, in writable memory that tensors can be laid over.
+    """Receive ``size`` bytes, in writable memory that tensors can share.
 
-    The system gives the pages of a map as they are written, so that memory grows with what has come and not with what was
-    announced, and takes them back at once; the heap would keep them.
+    The system allocates the pages of a memory map as they are written, so memory grows with the bytes received, not with the
+    size announced. It also frees them at once; the heap would keep them.
     """
     view = memoryview(mmap.mmap(-1, size) if size > _SMALL else bytearray(size))
     got = 0

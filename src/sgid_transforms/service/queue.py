@@ -1,4 +1,4 @@
-"""What waits for the model: wanted variants of many callers, merged and put in order."""
+"""The queue in front of the model: wanted variants of many callers, deduplicated and in order."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.service.protocol import PICTURE_BYTES
 
-_MAX_BACKGROUND = PICTURE_BYTES  # of the images that nobody waits for, with those that are in work
+_MAX_BACKGROUND = PICTURE_BYTES  # for images that nobody waits for, including those in progress
 
 
 class _Waiting(NamedTuple):
@@ -27,7 +27,7 @@ def _not_made(outcome: "Future[Outcome]") -> "Future[Outcome]":
 
 @dataclass
 class QueueStats:
-    """What passed a queue so far: ``batches`` counts the times that the model took something, ``images`` what it took."""
+    """Counts since the start: ``batches`` is how often the model took variants, ``images`` how many it took."""
 
     batches: int = 0
     images: int = 0
@@ -40,12 +40,12 @@ class WantedQueue:
     """Thread-safe queue between many callers and the one thread that owns the model, which pulls from it.
 
     Args:
-        max_batch: An idle model waits for so many before it begins, but no longer than ``max_wait``. Once it works, it
+        max_batch: An idle model waits for this many variants before it starts, but no longer than ``max_wait``. A working model
             pulls as many as it has room for.
-        max_wait: Seconds that the oldest one waits for company of an idle model. It begins earlier when a batch is
-            full, or when every known caller is waiting, so that nothing further can come.
-        max_queue: Bound on what nobody waits for (`enqueue`); what exceeds it, or 72 MiB, is dropped and counted.
-            Callers that wait (`submit`) bound themselves: each has one request in flight.
+        max_wait: Seconds that an idle model lets the oldest variant wait for others. It starts earlier when a batch is full, or
+            when every known caller is waiting, so that no more can come.
+        max_queue: Maximum number of variants that nobody waits for (`enqueue`). What exceeds this number, or 72 MiB, is dropped
+            and counted. Callers that wait (`submit`) need no limit: each has one request in flight.
     """
 
     def __init__(self, max_batch: int, max_wait: float, max_queue: int) -> None:
@@ -54,22 +54,22 @@ class WantedQueue:
         self._urgent: dict[tuple[str, int], _Waiting] = {}  # dicts keep the order of arrival
         self._background: dict[tuple[str, int], _Waiting] = {}
         self._running: dict[tuple[str, int], _Waiting] = {}
-        self._claimed: set[tuple[str, int]] = set()  # what somebody waits for, who also counts it
+        self._claimed: set[tuple[str, int]] = set()  # variants that a caller waits for, who also counts them
         self._callers = 0
         self._blocked = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def add_caller(self, count: int = 1) -> None:
-        """Tell that a caller came (1) or left (-1)."""
+        """Register that a caller came (1) or left (-1)."""
         with self._changed:
             self._callers += count
             self._changed.notify()
 
     def submit(self, wanted: Sequence[Wanted]) -> "list[Future[Outcome]]":
-        """Ask for variants and get their outcomes to come: one that is on its way already is not made twice.
+        """Request variants and get futures of their outcomes; a variant that is already under way is not made twice.
 
-        Only who asked first learns that it was ``made``, so that it is counted once.
+        Only the first caller learns that a variant was ``made``, so that it is counted once.
         """
         futures = []
         with self._changed:
@@ -88,12 +88,12 @@ class WantedQueue:
         return futures
 
     def release(self) -> None:
-        """Tell that the caller of `submit` does not wait any more (it was served, or it is gone)."""
+        """Register that the caller of `submit` no longer waits (it was served, or it is gone)."""
         with self._changed:
             self._blocked -= 1
 
     def enqueue(self, wanted: Sequence[Wanted]) -> int:
-        """Ask for variants that nobody waits for; returns how many were taken (or were on their way already)."""
+        """Request variants that nobody waits for; returns how many were taken (or were already under way)."""
         taken = 0
         with self._changed:
             kept = (*self._background.values(), *self._running.values())
@@ -102,7 +102,7 @@ class WantedQueue:
                 if one.name in self._running or one.name in self._urgent or one.name in self._background:
                     self.stats.merged += 1
                 elif len(self._background) < self.max_queue and size + one.image.numel() <= _MAX_BACKGROUND:
-                    # A copy, for the image is a view into all that came with it.
+                    # A copy, since the image is a view into its whole frame.
                     self._background[one.name] = _Waiting(replace(one, image=one.image.clone()), Future(), time.monotonic())
                     size += one.image.numel()
                 else:
@@ -113,7 +113,7 @@ class WantedQueue:
         return taken
 
     def wait(self) -> bool:
-        """Block until an idle model should begin; False once closed."""
+        """Block until an idle model should start; returns False once closed."""
         with self._changed:
             while not self._closed:
                 pending = len(self._urgent) + len(self._background)
@@ -129,7 +129,7 @@ class WantedQueue:
         return False
 
     def pull(self, room: int) -> list[Wanted]:
-        """Up to ``room`` of what waits, that which somebody waits for first; none once closed."""
+        """Take up to ``room`` variants, first those that somebody waits for; none once closed."""
         taken: list[Wanted] = []
         with self._changed:
             if self._closed:
@@ -143,7 +143,7 @@ class WantedQueue:
         return taken
 
     def complete(self, wanted: Wanted, outcome: Outcome) -> bool:
-        """Hand an outcome to all who asked for it; whether anybody did."""
+        """Hand an outcome to all callers that asked for it; returns whether any did."""
         with self._changed:
             waiting = self._running.pop(wanted.name)
             claimed = wanted.name in self._claimed
@@ -153,7 +153,7 @@ class WantedQueue:
         return claimed
 
     def fail(self, reason: str) -> list[Outcome]:
-        """Everything that the model has in work failed; returns the outcomes for which nobody waits."""
+        """Fail everything that is in progress; returns the outcomes that nobody waits for."""
         with self._changed:
             running = [waiting.wanted for waiting in self._running.values()]
         outcome = Outcome(Status.FAILED, reason, made=True)

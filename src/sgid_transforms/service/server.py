@@ -22,11 +22,11 @@ from sgid_transforms.building.wanted import Outcome, Wanted
 from sgid_transforms.service.protocol import PICTURE_BYTES, Frame, outcome_header, recv_frame, send_frame, wanted_of
 from sgid_transforms.service.queue import WantedQueue
 
-HEARTBEAT = 1.0  # seconds between two signs of life towards a client that waits
+HEARTBEAT = 1.0  # seconds between two signs of life to a waiting client
 _FRAME_SECONDS = 60.0  # for a client to send the rest of a frame, or to read an answer
-_PAUSE = 0.05  # seconds before the next try, when there was no descriptor, thread or room for a client
-_GRACE = 2.0  # seconds, and
-_SLOWEST = 32 << 20  # bytes per second, for pixels to arrive while others wait for room
+_PAUSE = 0.05  # seconds before the next try after there was no descriptor, thread or room for a client
+_GRACE = 2.0  # seconds for pixels to arrive while others wait for room, plus their size divided by
+_SLOWEST = 32 << 20  # bytes per second
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("sgid_transforms")
@@ -47,28 +47,28 @@ BuilderFactory = Callable[[], Streams]
 class _Guest:
     connection: socket.socket
     size: int
-    deadline: float  # for its pixels to arrive, as soon as somebody waits
+    deadline: float  # for its pixels to arrive; applies while others wait
 
 
 class Room:
-    """Bounds the pixels that clients have in the service at one time, so that its memory is bounded whatever they send.
+    """Limits the pixels that the service holds at a time, so that its memory is bounded whatever clients send.
 
-    Frames share ``limit`` bytes, from before their pixels are read until they are answered, first come, first served. Where
-    somebody waits, a client whose pixels do not come is dropped.
+    Frames share ``limit`` bytes, from before their pixels are read until they are answered, first come, first served. While
+    others wait, a client whose pixels do not arrive is dropped.
 
     Args:
-        limit: In bytes, at least those of the largest frame.
+        limit: In bytes; at least the size of the largest frame.
     """
 
     def __init__(self, limit: int = PICTURE_BYTES) -> None:
         self._limit = limit
         self._guests: list[_Guest] = []
-        self._line: list[_Guest] = []  # in this order, lest a large frame waits for ever while small ones come and go
+        self._line: list[_Guest] = []  # in order of arrival, so that small frames cannot delay a large one for ever
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def taken(self, connection: socket.socket, size: int) -> Iterator[None]:
-        """Wait for room and take it; the client learns when it may send.
+        """Wait for room and take it; the client is told when it may send.
 
         Raises:
             OSError: The client is gone.
@@ -98,7 +98,7 @@ class Room:
                 self._changed.notify_all()
 
     def arrived(self, connection: socket.socket) -> None:
-        """Tell that a client's pixels are here: it is not to be dropped any more."""
+        """Register that a client's pixels have arrived, so that it is no longer dropped."""
         with self._changed:
             for guest in self._guests:
                 if guest.connection is connection:
@@ -111,7 +111,7 @@ class Room:
         for guest in self._guests:
             if time.monotonic() > guest.deadline:
                 with contextlib.suppress(OSError):
-                    guest.connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and leaves
+                    guest.connection.shutdown(socket.SHUT_RDWR)  # its thread then reads the end of the stream and exits
 
 
 class Server:
@@ -119,8 +119,8 @@ class Server:
 
     Args:
         listener: A listening stream socket.
-        queue: Where the wishes of all clients meet.
-        recipe: Fingerprint of the recipe whose variants are made here; another one is refused.
+        queue: The queue of all clients' requests.
+        recipe: Fingerprint of the recipe whose variants are made here; requests for another one are refused.
     """
 
     def __init__(self, listener: socket.socket, queue: WantedQueue, recipe: str | None = None) -> None:
@@ -149,15 +149,15 @@ class Server:
                 for group in builder.stream(self._queue.pull):
                     for outcome in [outcome for one, outcome in group if not self._queue.complete(one, outcome)]:
                         builder.count(outcome)
-                    del group  # their pixels would stay until there are new ones
+                    del group  # else their pixels stay in memory until the next group
             except Exception as error:
-                _log.error("variants in work failed\n%s", traceback.format_exc())
+                _log.error("variants in progress failed\n%s", traceback.format_exc())
                 for outcome in self._queue.fail(f"{type(error).__name__}: {error}"):
                     builder.count(outcome)
         return True
 
     def stop(self) -> None:
-        """End after what the model has in work."""
+        """Stop after the work in progress."""
         self._queue.close()
 
     def _accept(self) -> None:
@@ -186,7 +186,7 @@ class Server:
                             is_caller = True
                             self._queue.add_caller()
                         self._answer(connection, frame)
-                        del frame  # its pixels go before its room does
+                        del frame  # frees its pixels before its room
             except (ValueError, KeyError, TypeError) as error:
                 send_frame(connection, "refused", message=str(error))
             finally:
@@ -202,11 +202,11 @@ class Server:
             wanted = wanted_of(frame)
             futures = self._queue.submit(wanted)
             try:
-                # A client that died is noticed here, too: sending to it raises, and what it wanted goes on for the store.
+                # A dead client is noticed here, too: sending to it raises. Its variants are still made for the store.
                 while wait(futures, HEARTBEAT).not_done:
                     send_frame(connection, "alive", done=self._queue.stats.done)
             except OSError:
-                wait(futures)  # its pixels are held, and need their room, for as long
+                wait(futures)  # until then its pixels are held, and need their room
                 raise
             finally:
                 self._queue.release()
@@ -235,9 +235,9 @@ class Server:
 def main(listener_fd: int, parent: int) -> int:
     """Entry point of the service process; the settings come through stdin from the process that started it.
 
-    Whatever comes through that pipe afterwards, its end included, says stop.
+    Anything that comes through that pipe afterwards, or its end, means stop.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starter stops us in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops us in order
     logging.basicConfig(format="sgid service: %(message)s", level=logging.WARNING)
     _die_with_parent(parent)
     settings = pickle.load(sys.stdin.buffer)  # noqa: S301 (written by our parent through an anonymous pipe)
@@ -245,13 +245,13 @@ def main(listener_fd: int, parent: int) -> int:
     server = Server(socket.socket(fileno=listener_fd), queue, settings.get("recipe"))
     threading.Thread(target=_obey, args=(server, parent), daemon=True, name="sgid-parent").start()
     loaded = server.run(lambda: pickle.loads(settings["factory"])())  # noqa: S301 (as above)
-    # Client threads may be inside a native call; nothing is left to be done that must not be cut.
+    # Client threads may be inside a native call; nothing is left that must be finished.
     sys.stderr.flush()
     os._exit(0 if loaded else 1)
 
 
 def _die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process with its starter, also while it is stopped or in a long native call."""
+    """Ask Linux to kill this process when its parent ends, even if it is stopped or in a long native call."""
     with contextlib.suppress(OSError, AttributeError):
         libc: Any = ctypes.CDLL(None, use_errno=True)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -260,7 +260,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _obey(server: Server, parent: int) -> None:
-    """Stop when the starter says so, and end with it, however it ended."""
+    """Stop when the parent says so, and exit when the parent ends, however it ends."""
     stdin = [sys.stdin.fileno()]
     while os.getppid() == parent:
         if select.select(stdin, [], [], 1.0)[0]:

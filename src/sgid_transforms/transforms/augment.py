@@ -47,9 +47,9 @@ _KEY = re.compile(r"[0-9a-f]{8,64}")
 
 
 class _Live(NamedTuple):
-    """The live settings, as this process saw them last."""
+    """The live settings as last seen by this process."""
 
-    source: Mapping[str, Any]  # the very object they were read from
+    source: Mapping[str, Any]  # the object they were read from
     p: float | None  # None: see class_p
     class_p: Mapping[str, float] | None
     training: bool
@@ -59,23 +59,22 @@ class _Live(NamedTuple):
 class SGIDAugment(v2.Transform):  # type: ignore[misc]
     """Replace images at random by label- and caption-guided variants of themselves.
 
-    "Semantic-Guided Generative Image Augmentation Method with Diffusion Models for Image Classification" (Li et al.,
-    AAAI 2024, https://arxiv.org/abs/2302.02070). Variants are generated once, kept on disk and found by the pixels of their
-    original, so this transform stands first in a ``Compose``, where it sees the original.
+    "Semantic-Guided Generative Image Augmentation Method with Diffusion Models for Image Classification" (Li et al., AAAI 2024,
+    https://arxiv.org/abs/2302.02070). Variants are generated once, kept on disk and found by the pixels of their original, so
+    put this transform first in a ``Compose``, where it sees the original.
 
     It takes what torchvision's v2 transforms take: an image, an image with its label, nested samples, a batch. The output has
-    the type, size, dtype, device and structure of the input, and what is not replaced comes back as the same object. It
-    holds no weights: the model lives in a service process (`serve`), or in this one where nothing else is running.
+    the type, size, dtype, device and structure of the input. Images that are not replaced are returned unchanged. The transform
+    holds no weights: the model lives in a service process (`serve`), or in this process if no service runs.
 
     Args:
         model: ``"tiny"`` (bundled, ten classes at 32 x 32), a diffusers checkpoint id, or a local folder.
         recipe: Everything that decides a variant's pixels, in place of ``model``: give one of the two.
         captions: Captions by image, filled by `prepare`.
         variants: Variants by image; may be shared by any number of processes and machines.
-        p: Probability that an image is replaced: in [0, 1]; or by class name, ``"*"`` standing
-            for all classes that are not named (0 without it); or so that rare classes are replaced more often, such that
-            under class-balanced sampling every original is shown equally often. Can be assigned at any time: workers that
-            are running follow.
+        p: Probability that an image is replaced: a number in [0, 1]; or a mapping by class name, where ``"*"`` stands for all
+            classes that are not named (0 without it); or ``"balanced"``, which replaces rare classes more often, so that
+            class-balanced sampling shows every original equally often. Can be assigned at any time; running workers follow.
         variants_per_image: How many variants an image has; one is chosen uniformly.
         on_miss: What to do about a variant that does not exist yet: ``"generate"`` and wait for it, ``"queue"`` it and
             use the original this time (never waits; needs `serve`), or use the ``"original"``.
@@ -85,18 +84,18 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         class_names: Words for coded class names (``{"n02123045": "tabby cat"}``), or
             the name of each class number.
         key: ``image -> str``, for data sets with ids of their own; the default hashes the pixels.
-        device: Where a model in this process runs; CUDA if there is, else the CPU.
+        device: Where models run, unless `prepare` or `serve` is told otherwise; default: CUDA if available, else the CPU.
         captioner: What writes captions for `prepare` and ``missing="caption"``: ``"auto"`` (the bundled model for ``"tiny"``,
             else BLIP), the id of a model, or an object with ``caption(images)``.
         scorer: The CLIP model for similarities: ``"auto"`` (likewise), an id, or an object with ``image_text(images, texts)``.
         generator: ``(recipe, device, **options) -> generate``, where ``generate(requests)`` returns
             results, in place of the package's generator.
-        timeout: Seconds that ``on_miss="generate"`` waits for the service; then it has failed (``on_error``).
-            By default it waits as long as the service shows life, and says so when nothing was made for 30 s.
+        timeout: Seconds that ``on_miss="generate"`` waits for the service before this counts as a failure (``on_error``). By
+            default it waits as long as the service shows signs of life, and logs a warning when nothing was made for 30 s.
 
     Note:
-        Floats must be in [0, 1]: after ``Normalize`` the pixels no longer say which image it is. Boxes, masks, key points
-        and videos are refused: they would no longer fit.
+        Floats must be in [0, 1]: after ``Normalize`` the pixels no longer identify the image. Boxes, masks, key points and
+        videos are refused: they would not fit the generated image.
 
     Examples:
         >>> sgid = SGIDAugment(model="tiny", captions="captions.sqlite", variants="variants", p=0.5)
@@ -161,7 +160,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     @property
     def p(self) -> P:
-        """Probability that an image is replaced, now, in all processes that got this transform."""
+        """Current probability that an image is replaced, in all processes that have this transform."""
         current: P = self._state.settings()["p"]
         return current
 
@@ -171,13 +170,13 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
     @property
     def training(self) -> bool:
-        """False after ``eval()``: the transform is the identity, in all processes that got it."""
+        """False after ``eval()``: nothing is replaced, in all processes that have this transform."""
         state = self.__dict__.get("_state")
         return True if state is None else bool(state.settings()["training"])
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "_state" in self.__dict__:  # not yet there when nn.Module sets up itself
+        if "_state" in self.__dict__:  # not yet there when nn.Module sets itself up
             self._state.publish(training=bool(mode))
 
     def extra_repr(self) -> str:
@@ -199,7 +198,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
 
         Shape:
             PIL images, or uint8 tensors in [0, 255] or float tensors in [0, 1] of shape ``(C, H, W)`` or ``(B, C, H, W)``,
-            C being 1 or 3; alone, with a label, or nested in dicts, tuples and lists. The output is alike.
+            where C is 1 or 3; alone, with a label, or nested in dicts, tuples and lists. The output has the same form.
 
         Raises:
             MissingCaptionError: An image is not in the caption store (``missing="error"``).
@@ -210,7 +209,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         live = self._now()
         if not live.training:
             return sample
-        if isinstance(sample, Image.Image):  # by far the most frequent, and nothing in it to be searched for
+        if isinstance(sample, Image.Image):  # by far the most frequent case, with nothing to search
             check_form(sample)
             return self._augment(live, [sample], [None])[0]
         flat, spec = tree_flatten(sample)
@@ -238,14 +237,14 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         return tree_unflatten(flat, spec)
 
     def augment(self, images: Sequence[Any], labels: Sequence[Any] | None = None) -> list[Any]:
-        """Gate every image on its own, and ask for all missing variants at once.
+        """Decide independently for each image whether to replace it, and request all missing variants at once.
 
         Args:
             images: PIL images, and tensors ``(C, H, W)``.
             labels: Class number or name of each, or None.
 
         Returns:
-            The images in order; those that were not replaced are the same objects.
+            The images in order; those that are not replaced are the same objects.
         """
         live = self._now()
         if not live.training:
@@ -279,11 +278,11 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             timeout=timeout,
             mode=self.recipe.caption_mode,
         )
-        self._address = Address(self.recipe, self.captions)  # whose contexts may be others now
+        self._address = Address(self.recipe, self.captions)  # its contexts may have changed
         p = self.p
         if p == "balanced":
             self._state.publish(balanced=self._balanced())
-        elif isinstance(p, Mapping):  # not an error: the other classes may be in a data set that comes next
+        elif isinstance(p, Mapping):  # not an error: the other classes may be in the next data set
             for sentence in unknown_classes(p, {record.label for record in self.captions if record.label}):
                 _log.warning("%s", sentence)
         return report
@@ -301,17 +300,16 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
     ) -> GenerationService:
         """Start one process that owns the model and serves all workers of this transform; use it in a ``with`` statement.
 
-        Ranks of one distributed job on this machine share the process of the first one that calls this.
+        Ranks of one distributed job on this machine share the process of the first rank that calls this.
 
         Args:
             device: Where the model runs.
-            max_batch: How many variants an idle model waits for, at most, before it begins; a working one takes as many
+            max_batch: Maximum number of variants that an idle model waits for before it starts; a working model takes as many
                 as it has room for.
             max_wait: Seconds that the first variant waits for others.
-            max_queue: Most variants that ``on_miss="queue"`` lets wait; further ones are dropped and counted.
-            rendezvous: A file by which processes agree to share one service, where they are not ranks of
-                one job.
-            timeout: Seconds until the service must be ready; by default it may load for as long as it takes.
+            max_queue: Maximum number of variants queued by ``on_miss="queue"``; further ones are dropped and counted.
+            rendezvous: A file through which processes share one service, if they are not ranks of one job.
+            timeout: Seconds until the service must be ready; by default there is no limit.
             **options: For the generator: ``dtype``, ``batch_size``, ``compile``...
 
         Raises:
@@ -335,7 +333,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         return service.start()
 
     def stats(self) -> Stats:
-        """Counts over all processes that got this transform, since it was made."""
+        """Counts since this transform was made, over all processes that have it."""
         return Stats(**self._state.totals())
 
     def epoch_summary(self) -> str:
@@ -345,7 +343,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         return change.summary()
 
     def key_of(self, image: Any) -> str:
-        """The key under which an image is known: a hash of its pixels, or what the user's own function says."""
+        """The key under which an image is known: a hash of its pixels, or the result of the user's own function."""
         if self._key is None:
             return image_key(image)
         key = self._key(image)
@@ -372,7 +370,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             return outputs
         keys: dict[int, str] = {}
         limits = self._limits(live, images, labels, keys)
-        # Both numbers are drawn for every image, whatever becomes of it: what follows in the pipeline then sees the same
+        # Both numbers are drawn for every image, replaced or not: the transforms that follow then see the same
         # random numbers whether the stores are full or empty.
         draws = torch.rand(len(images), 2, dtype=torch.float64).tolist()
         chosen = [position for position, (draw, _) in enumerate(draws) if draw < limits[position]]
@@ -388,7 +386,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         return outputs
 
     def _reset(self) -> None:
-        """What belongs to one process only."""
+        """Reset what belongs to one process only."""
         self._address = Address(self.recipe, self.captions)
         self._supply: VariantSupply | None = None
         self._live: _Live | None = None
@@ -437,14 +435,14 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         todo = [position for position in positions if position not in keys]
         members = [images[position] for position in todo]
         if self._key is None and len(members) > 1 and _is_device_batch(members):
-            # One transfer instead of one each. Only hashing needs the bytes here; the pixels to generate from stay there.
+            # One transfer instead of one per image. Only hashing needs the bytes here; the images stay on the device.
             members = list(torch.stack(members).cpu().unbind())
         keys.update(zip(todo, map(self.key_of, members), strict=True))
 
     def _look_up(
         self, wanted: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]
     ) -> list[int]:
-        """Put stored variants into ``outputs``; returns the positions of those that are not there."""
+        """Put stored variants into ``outputs``; returns the positions of the missing ones."""
         records = self._records([key for key, _ in wanted.values()])
         misses = []
         for position, (key, variant) in wanted.items():
@@ -481,7 +479,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
     def _make(
         self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]
     ) -> None:
-        """Ask for the variants that do not exist, and look up those that are waited for once more."""
+        """Request the missing variants, and look up again those that were waited for."""
         supply = self._own_supply()
         try:
             if self.on_miss == "queue" and supply.full:
@@ -497,7 +495,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             if self.on_error == "raise":
                 raise
             self._state.add(fallbacks=len(misses))
-            self._log_once(type(error).__name__, f"training goes on with originals: {error}")
+            self._log_once(type(error).__name__, f"training continues with originals: {error}")
 
     def _take(
         self,
@@ -513,7 +511,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             image, made = images[position], outcomes[position].image
             if made is None:
                 problems.append(
-                    f"variant {stored[position][1]} of {stored[position][0]} is gone again from {self.variants.root}"
+                    f"variant {stored[position][1]} of {stored[position][0]} was made but is gone from {self.variants.root}"
                 )
             elif isinstance(image, Image.Image):
                 outputs[position] = pil_like(to_pil(made), image)
@@ -528,10 +526,10 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             raise GenerationError(problems[0])
         if problems:
             self._state.add(fallbacks=len(problems))
-            self._log_once("error", f"training goes on with originals: {problems[0]}")
+            self._log_once("error", f"training continues with originals: {problems[0]}")
 
     def _wanted(self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any]) -> dict[int, Wanted]:
-        """What to ask for, by position; without what is known to be impossible."""
+        """The variants to request, by position, without those known to be impossible."""
         records = self._records([key for key, _ in misses.values()])
         wanted = {}
         for position, (key, variant) in misses.items():
@@ -607,7 +605,7 @@ class _PublishedService(GenerationService):
 
 
 def _is_device_batch(images: Sequence[Any]) -> bool:
-    """Whether these are tensors of one kind on an accelerator."""
+    """Whether these are tensors of the same shape and dtype on an accelerator."""
     first = images[0]
     return (
         isinstance(first, torch.Tensor)

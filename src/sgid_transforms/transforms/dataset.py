@@ -13,12 +13,12 @@ from sgid_transforms.transforms.augment import SGIDAugment
 class SGIDDataset(Dataset[Any]):
     """A data set whose images pass through `SGIDAugment` and then through ``transform``.
 
-    The same as the two in a ``Compose``, but a ``DataLoader`` worker asks the service for all missing variants of its batch
-    in one request, so that the service can fill its batches: one request per image would limit them to one per worker.
+    The result is the same as with both in a ``Compose``, but a ``DataLoader`` worker requests all missing variants of its batch
+    at once. The service can then fill its batches: with one request per image, they would hold at most one image per worker.
 
     Args:
-        dataset: Map-style; its items are an image, or a tuple or dict with an image and a label. What its own ``transform``
-            does comes first, and so must not be random.
+        dataset: A map-style data set. Its items are an image, or a tuple or dict with an image and a label. Its own
+            ``transform`` runs first, so it must not be random.
         sgid: The augmentation.
         transform: Applied to the image afterwards: the random crops and flips, ``RandAugment`` ...
         target_transform: Applied to the label: the second element of a tuple, or the label of a dict.
@@ -40,7 +40,7 @@ class SGIDDataset(Dataset[Any]):
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if not isinstance(sgid, SGIDAugment):
-            raise TypeError(f"sgid is a {type(sgid).__name__}; pass the SGIDAugment that is to be applied")
+            raise TypeError(f"sgid is a {type(sgid).__name__}; pass the SGIDAugment to apply")
         self.untransformed = dataset
         self.sgid = sgid
         self.transform = transform

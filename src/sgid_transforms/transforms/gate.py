@@ -7,11 +7,11 @@ from typing import Any
 
 P = float | Mapping[str, float] | str
 
-OTHERS = "*"  # the entry of a mapping that counts for all classes it does not name
+OTHERS = "*"  # the entry of a mapping that applies to all classes it does not name
 
 
 def check_p(p: Any) -> float | dict[str, float] | str:
-    """``p`` as it is kept: a float in [0, 1], a dict of class names to such floats, or ``"balanced"``.
+    """Check ``p`` and return a float in [0, 1], a dict of class names to such floats, or ``"balanced"``.
 
     Raises:
         ValueError: ``p`` is something else.
@@ -24,7 +24,7 @@ def check_p(p: Any) -> float | dict[str, float] | str:
 
 
 def unknown_classes(p: Mapping[str, float], labels: Collection[str]) -> list[str]:
-    """A sentence about each class that ``p`` names and that is not among ``labels``: a name misspelled has no effect."""
+    """A sentence about each class that ``p`` names but ``labels`` lacks: a misspelled name has no effect."""
     sentences = []
     for name in p:
         if name not in labels and name != OTHERS:
@@ -35,7 +35,7 @@ def unknown_classes(p: Mapping[str, float], labels: Collection[str]) -> list[str
 
 
 def balanced_p(counts: Mapping[str, int]) -> dict[str, float]:
-    """Per-class p under which, with classes drawn equally often, every original image is seen equally often.
+    """Per-class p with which every original is seen equally often, if classes are drawn equally often.
 
     ``p = 1 - 0.5 * n / n_max``: 0.5 for the largest class; 0.95 for one with a tenth of its images.
     """
@@ -52,5 +52,5 @@ def class_p(p: Mapping[str, float], label: str | None) -> float:
 
 def _check_number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"{name} is {value!r}; it must be a number in [0, 1], a mapping of class names to such, or 'balanced'")
+        raise ValueError(f"{name} is {value!r}; it must be a number in [0, 1], a mapping of classes to numbers, or 'balanced'")
     return float(value)

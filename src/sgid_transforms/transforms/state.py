@@ -1,7 +1,8 @@
 """State that every copy of one transform shares, in all processes of this machine: counters and live settings.
 
-A small memory-mapped file holds the settings, a number that changes with them, and one row of counters per process, so that
-counting takes no lock and no message, and reading settings costs one look at memory. It works with and without a service.
+A small memory-mapped file holds the settings, their version number, and one row of counters per process. Counting therefore
+needs no message and no lock between processes, and reading settings costs one memory access. It works with and without a
+service.
 """
 
 import contextlib
@@ -29,10 +30,10 @@ except ImportError:  # pragma: no cover (not a POSIX system: one process at a ti
 
 _FOLDERS = "sgid-state-"
 _SETTINGS = 1 << 16  # bytes for the settings; the first 16 hold their version and their length
-_ROWS = 1024  # processes alive at one time; rows of ended ones are folded into row 0 and used again
-_PATIENCE = 60.0  # seconds for a lock that is held for microseconds
+_ROWS = 1024  # processes alive at a time; rows of ended ones are added to row 0 and reused
+_PATIENCE = 60.0  # seconds to wait for a lock that is held for microseconds
 _PAUSE = 0.001  # seconds until the next try
-_forks = 0  # between this process and the one that imported the module: to ask the system for the id costs more than to count
+_forks = 0  # between this process and the one that imported the module: cheaper to read than the process id
 _lock = threading.Lock()
 
 
@@ -41,20 +42,20 @@ class Stats:
     """Counts since the transform was made; ``after - before`` gives those of an epoch.
 
     Args:
-        seen: images that came by.
+        seen: images that passed through.
         gated: those that the gate chose for replacement.
         hits: gated ones whose variant was in the store.
         misses: gated ones whose variant was not.
         generated: variants that were made and stored.
-        filtered: variants that the filters rejected for good; their images stay as they are.
+        filtered: variants that the filters rejected for good; their images stay unchanged.
         failed: variants that could not be made because of an error.
         unavailable: gated images whose variant is known to have been filtered earlier.
-        missing: gated images without a caption or label, left as they are (``missing="original"``).
-        queued: variants asked for without waiting (``on_miss="queue"``).
-        dropped: variants not asked for because the queue was full.
-        fallbacks: images left as they are because the service or the model failed (``on_error="original"``).
+        missing: gated images without a caption or label, left unchanged (``missing="original"``).
+        queued: variants requested without waiting (``on_miss="queue"``).
+        dropped: variants not requested because the queue was full.
+        fallbacks: images left unchanged because the service or the model failed (``on_error="original"``).
         waits: calls that waited for the model.
-        waited_us: microseconds that they waited, together.
+        waited_us: microseconds that they waited in total.
     """
 
     seen: int = 0
@@ -74,11 +75,11 @@ class Stats:
 
     @property
     def mean_wait(self) -> float:
-        """Seconds that a call which had to wait waited, on average."""
+        """Average seconds of a call that had to wait."""
         return self.waited_us / self.waits / 1e6 if self.waits else 0.0
 
     def summary(self) -> str:
-        """One line; the rarer counts are named only where they are not 0."""
+        """One line; the rarer counts are shown only if they are not 0."""
         shown = ["seen", "gated", "hits", "misses", "generated", "filtered", "failed"]
         rare = ["unavailable", "missing", "queued", "dropped", "fallbacks"]
         parts = [f"{getattr(self, name)} {name}" for name in [*shown, *(name for name in rare if getattr(self, name))]]
@@ -94,7 +95,7 @@ STAT_NAMES = tuple(field.name for field in fields(Stats))
 def _after_fork() -> None:
     global _forks, _lock
     _forks += 1
-    _lock = threading.Lock()  # the inherited one may be held by a thread that is not there
+    _lock = threading.Lock()  # the inherited one may be held by a thread that does not exist here
 
 
 if hasattr(os, "register_at_fork"):
@@ -104,13 +105,13 @@ if hasattr(os, "register_at_fork"):
 class SharedState:
     """Counters and settings shared by all copies of an object, across fork, spawn and pickle.
 
-    A copy made within the process (``copy.deepcopy``, a pickle round trip) is independent: it starts from the same
-    settings with counters of its own, but goes on to see the services of its origin. A copy that reaches another process
-    shares both with its origin.
+    A copy made within the process (``copy.deepcopy``, a pickle round trip) is independent: it starts from the same settings
+    with its own counters, but still sees the services of its origin. A copy that reaches another process shares both with its
+    origin.
 
     Args:
-        names: The counters.
-        settings: JSON-able live settings.
+        names: Names of the counters.
+        settings: Live settings that JSON can represent.
         origin: The state that this one was copied from.
     """
 
@@ -125,7 +126,7 @@ class SharedState:
             _sweep()
             self._path = tempfile.mkdtemp(prefix=f"{_FOLDERS}{os.getpid()}-")
             weakref.finalize(self, _remove, self._path, self._origin)
-            with open(os.path.join(self._path, "state"), "wb") as file:  # written, not left sparse: a full disk is known now
+            with open(os.path.join(self._path, "state"), "wb") as file:  # written, not left sparse: a full disk fails now
                 file.write(bytes(_SETTINGS + 8 * (len(self.names) + 1) * _ROWS))
             self._settings: dict[str, Any] = {}
             self._open()
@@ -137,7 +138,7 @@ class SharedState:
     # --- counters
 
     def add(self, **counts: int) -> None:
-        """Count under one or more names; exact also with threads."""
+        """Add to one or more counters; exact even with threads."""
         if self._row_forks != _forks:
             self._claim_row()
         start, index, cells = self._row * self._width, self._index, self._cells
@@ -155,9 +156,9 @@ class SharedState:
     # --- live settings
 
     def settings(self) -> dict[str, Any]:
-        """The settings as the last process set them; costs one look at memory while nothing changed.
+        """The current settings; costs one memory access while nothing has changed.
 
-        ``address`` is that of the service that was registered last, here or with the origin, and is still there.
+        ``address`` is that of the last registered service that is still there, here or at the origin.
         """
         version = self._version[0]
         above = None if self._parent is None else self._parent.settings()
@@ -174,7 +175,7 @@ class SharedState:
         """Change settings for every process.
 
         Raises:
-            ServiceError: They are too long to be shared.
+            ServiceError: The settings are too long to be shared.
         """
         self._change(lambda settings: settings | changes)
 
@@ -183,7 +184,7 @@ class SharedState:
         self._change(lambda settings: settings | {"services": [*settings.get("services", ()), address]})
 
     def unregister(self, address: str) -> None:
-        """Forget this service, and no other."""
+        """Forget this service only."""
         self._change(lambda settings: settings | {"services": [one for one in settings.get("services", ()) if one != address]})
 
     # --- copies
@@ -209,7 +210,7 @@ class SharedState:
     def _open(self) -> None:
         self._width = len(self.names) + 1  # the first number of a row is the process id
         self._index = {name: index for index, name in enumerate(self.names, start=1)}
-        self._file = os.open(os.path.join(self._path, "state"), os.O_RDWR)  # kept open: its path may be cleaned away
+        self._file = os.open(os.path.join(self._path, "state"), os.O_RDWR)  # kept open, since its path may be removed
         weakref.finalize(self, os.close, self._file).atexit = False  # at exit, daemon threads may still count
         self._map = mmap.mmap(self._file, 0)
         whole = memoryview(self._map)
@@ -225,7 +226,7 @@ class SharedState:
             settings = json.loads(self._map[16 : 16 + length]) if length else {}
             text = json.dumps(change(settings)).encode()
             if len(text) > _SETTINGS - 16:
-                raise ServiceError(f"the settings of the transform take {len(text)} bytes, {_SETTINGS - 16} can be shared")
+                raise ServiceError(f"the settings of the transform take {len(text)} bytes; only {_SETTINGS - 16} can be shared")
             self._map[16 : 16 + len(text)] = text
             self._version[1] = len(text)
             self._version[0] += 1
@@ -236,7 +237,7 @@ class SharedState:
         with self._locked():
             owners = self._cells[:: self._width].tolist()
             free = (row for row in range(1, _ROWS) if owners[row] in (0, pid) or not is_alive(owners[row]))
-            # With more processes than rows, two share one and may lose a count to each other.
+            # With more processes than rows, two processes share one and may lose a count.
             self._row = next(free, 1 + pid % (_ROWS - 1))
             for index in self._index.values():  # the counts of an ended process go to row 0
                 self._cells[index] += self._cells[self._row * self._width + index]
@@ -246,7 +247,7 @@ class SharedState:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone among all processes and threads. A child that is forked meanwhile inherits nothing that is held."""
+        """Hold the lock that excludes all other processes and threads. A child that is forked meanwhile does not inherit it."""
         waiting = Waiting("another process that holds the transform's settings, and was perhaps stopped,", _PATIENCE)
         while not self._try_lock():
             try:

@@ -14,12 +14,12 @@ from sgid_transforms.transforms.state import SharedState
 
 
 class VariantSupply:
-    """Asks the service for variants, or makes them here; belongs to one process, and loads nothing before it must.
+    """Gets variants from the service, or makes them in this process. Belongs to one process; loads a model only if needed.
 
     Args:
         spec: How a model in this process is set up.
         state: Its setting ``address`` says where the service is, if there is one.
-        timeout: Seconds that `wait_for` waits for the service at most.
+        timeout: Maximum seconds that `wait_for` waits for the service.
     """
 
     def __init__(self, spec: BuilderSpec, state: SharedState, timeout: float | None = None) -> None:
@@ -30,16 +30,16 @@ class VariantSupply:
 
     @property
     def full(self) -> bool:
-        """The service's queue was full a moment ago: asking would be in vain, and costs time."""
+        """Whether the service's queue was full a moment ago: asking again would only cost time."""
         client = self._service()
         return client is not None and client.full
 
     def enqueue(self, wanted: Sequence[Wanted]) -> None:
-        """Ask for variants without waiting.
+        """Request variants without waiting.
 
         Raises:
             ServiceError: There is no service.
-            GenerationError: A picture is too large for it; the others are on their way.
+            GenerationError: A picture is too large for the service; the others are under way.
         """
         client = self._service()
         if client is None:
@@ -56,11 +56,11 @@ class VariantSupply:
             raise GenerationError(problems[0])
 
     def wait_for(self, wanted: Sequence[Wanted]) -> list[Outcome]:
-        """What became of wanted variants, however long they take.
+        """Request variants and wait for their outcomes.
 
         Raises:
-            ServiceError: The service died, took too long, or there is none and this is a worker.
-            GenerationError: The generator in this process raised. That of a service is in the outcomes.
+            ServiceError: The service died or took too long, or there is none and this is a ``DataLoader`` worker.
+            GenerationError: The generator in this process raised. Errors of a service's generator are in the outcomes.
         """
         start = time.perf_counter()
         try:
@@ -76,7 +76,7 @@ class VariantSupply:
                     return self._own_builder()(wanted)
                 except (ServiceError, GenerationError, RecipeError):
                     raise
-                except Exception as error:  # a device that is not there, for instance
+                except Exception as error:  # a missing device, for instance
                     raise GenerationError(f"{type(error).__name__}: {error}") from error
         finally:
             self._state.add(waits=1, waited_us=int(1e6 * (time.perf_counter() - start)))

@@ -1,7 +1,7 @@
 """Pixels to image-file bytes and back, in the formats that a recipe can name.
 
-Decoding is the hot path of a training. The measured table that led to ``"auto"`` is in ``docs/stores.md``. The size in a
-file's header is checked before memory is asked for.
+Decoding is the hot path of training. The measurements behind ``"auto"`` are in ``docs/stores.md``. The size in a file's header
+is checked before memory is allocated.
 """
 
 import io
@@ -48,7 +48,7 @@ def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]
     height, width = image.shape[1:]
     if not 0 < height * width <= MAX_PIXELS or max(height, width) > MAX_SIDE:
         raise StoreError(
-            f"a variant of {width} x {height} pixels cannot be stored; at most {MAX_PIXELS:,}, and {MAX_SIDE:,} a side, can"
+            f"a variant of {width} x {height} pixels cannot be stored; the limits are {MAX_PIXELS:,}, and {MAX_SIDE:,} per side"
         )
     planes = image.detach().cpu().contiguous().numpy()
     kind = image_format
@@ -59,7 +59,7 @@ def encode(image: torch.Tensor, image_format: str = "auto") -> tuple[bytes, str]
     if kind == "png":
         return _encode_png(planes), _EXTENSION[kind]
     buffer = io.BytesIO()
-    # Pillow takes four bytes a pixel: no further copy beside them.
+    # Pillow takes four bytes per pixel, so avoid a further copy.
     picture = Image.merge("RGB", [Image.frombuffer("L", (width, height), plane, "raw", "L", 0, 1) for plane in planes])
     if kind == "webp-lossless":
         picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)
@@ -86,7 +86,7 @@ def decode(data: bytes | memoryview) -> Pixels:
 
 
 def decode_pil(data: bytes | memoryview) -> Image.Image:
-    """As `decode`, to an RGB PIL image."""
+    """Like `decode`, but returns an RGB PIL image."""
     stored = _unpack_stored_png(data)
     if stored is None:
         return _decode_with_pillow(data)
@@ -99,7 +99,7 @@ def _chunk(kind: bytes, payload: bytes) -> bytes:
 
 
 def _encode_png(planes: Pixels) -> bytes:
-    """A PNG with filter 0 and stored (level 0) deflate blocks: to read it is to copy it."""
+    """A PNG with filter 0 and stored (level 0) deflate blocks: reading it is a plain copy."""
     _, height, width = planes.shape
     rows = np.zeros((height, 1 + 3 * width), np.uint8)
     rows[:, 1:].reshape(height, width, 3)[:] = planes.transpose(1, 2, 0)
@@ -110,8 +110,8 @@ def _encode_png(planes: Pixels) -> bytes:
 def _unpack_stored_png(data: bytes | memoryview) -> tuple[bytes, int, int] | None:
     """Rows, height and width of what ``_encode_png`` wrote; ``None`` for any other file.
 
-    Each row is a zero (the filter) and its pixels. Five times as fast as a PNG library at 32 x 32. The checksums inside are
-    not looked at: they would cost as much as all else together, and the store has checked a stronger one.
+    Each row is a zero (the filter) and its pixels. This is five times as fast as a PNG library at 32 x 32. The checksums inside
+    are not verified: that would double the time, and the store has already verified a stronger one.
     """
     if data[24:29] != _PNG_RGB8 or data[37:41] != b"IDAT" or data[: len(_PNG_START)] != _PNG_START:
         return None
@@ -120,7 +120,7 @@ def _unpack_stored_png(data: bytes | memoryview) -> tuple[bytes, int, int] | Non
     size = height * (1 + 3 * width)
     end = 41 + _LONG.unpack_from(data, 33)[0]
     try:
-        # The length limit keeps a bomb from unpacking; the extra byte shows that there is more than there should be.
+        # The length limit stops a decompression bomb; the extra byte shows whether there is more data than expected.
         raw = zlib.decompressobj(-15).decompress(memoryview(data)[43:end], size + 1)
     except zlib.error as error:
         raise DamagedFileError(f"the PNG data cannot be unpacked ({error})") from None
@@ -131,7 +131,7 @@ def _unpack_stored_png(data: bytes | memoryview) -> tuple[bytes, int, int] | Non
 
 def _decode_with_pillow(data: bytes | memoryview) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:  # reads no more than the header
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:  # reads only the header
             _check_size(picture.width, picture.height)
             if picture.mode == "RGB":
                 picture.load()

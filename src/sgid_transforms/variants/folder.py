@@ -1,7 +1,7 @@
-"""The folder of a variant store: files that appear whole or not at all, and damaged ones set aside.
+"""The folder of a variant store: files are written atomically, and damaged ones are set aside.
 
-It knows nothing of what the files contain. Only the root may be a symbolic link: nothing is listed, written, moved or removed
-through one below it.
+This module does not know what the files contain. Only the root may be a symbolic link: below it, nothing is listed, written,
+moved or removed through a link.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ _HINTS = {
 
 _serial = itertools.count()
 _T = TypeVar("_T")
-_FileId = tuple[int, int]  # device and inode: tells a file from another one that took over its name
+_FileId = tuple[int, int]  # device and inode: tells a file from a later one with the same name
 
 
 class StoreFolder:
-    """Whole files by name below one root, for any number of processes.
+    """Files by name below one root, written atomically, for any number of processes.
 
     Args:
         root: The folder; created with the first file.
@@ -77,7 +77,7 @@ class StoreFolder:
     def load(self, path: str, max_size: int, parse: Callable[[bytes], _T]) -> _T | None:
         """Read and parse one file; ``None`` when it is missing, unreadable or damaged.
 
-        ``parse`` says that a file is damaged by raising ``DamagedFileError``; such a file is set aside.
+        If ``parse`` raises ``DamagedFileError``, the file is damaged and is set aside.
         """
         for _ in range(_READ_ATTEMPTS):
             file_id = None
@@ -92,17 +92,17 @@ class StoreFolder:
                 if error.errno != errno.ELOOP:
                     self._log_once(f"{path} cannot be read ({error.strerror}); it counts as missing", error.strerror or "")
                     return None
-                reason = "it is a link that leads nowhere"
+                reason = "it is a broken link"
             if self.set_aside(path, reason, file_id) != "replaced":
                 return None
-        return None  # taken over by another damaged file each time
+        return None  # another damaged file took its place each time
 
     def set_aside(self, path: str, reason: str, judged: _FileId | None = None) -> Literal["moved", "stays", "replaced"]:
         """Move a damaged or foreign file to the quarantine, count it, and log the first one of each cause.
 
         Returns:
-            "stays" when the file could not be moved, or must not be; "replaced", without counting, when another file has taken
-            over its name since it was judged, which is worth reading.
+            "moved"; "stays" when the file could not or must not be moved; "replaced", without counting, when another file has
+            taken its name since it was read, and is worth reading.
         """
         outcome: Literal["moved", "stays"] = "stays"
         if not self.readonly:
@@ -124,20 +124,20 @@ class StoreFolder:
             Whether this call's file got the name.
 
         Raises:
-            StoreError: It cannot be written; no half file is left under either name.
+            StoreError: The file cannot be written; no partial file is left under either name.
         """
         path = self.path(name)
         try:
             for _ in range(_WRITE_ATTEMPTS - 1):
                 with contextlib.suppress(FileNotFoundError):
                     return self._publish_once(data, path)
-                # The folder was pruned, or somebody swept the temporary file of a writer that looked dead from another layout.
+                # The folder was pruned, or another process took this writer for dead and swept its temporary file.
             return self._publish_once(data, path)
         except OSError as error:
             raise self._failed(f"could not write {path}", error) from error
 
     def remove(self, path: str) -> bool:
-        """Remove one file; whether it was there."""
+        """Remove one file; returns whether it was there."""
         try:
             self._refuse_links(path)
             os.unlink(path)
@@ -148,20 +148,20 @@ class StoreFolder:
         return True
 
     def remove_empty_folders(self, fingerprint: str) -> None:
-        """Remove a recipe's folders, as far as nothing lies in them."""
+        """Remove those of a recipe's folders that are empty."""
         shards = [entry.path for entry in self._scan(fingerprint) if layout.is_shard(entry.name)]
         for folder in (*shards, self.path(fingerprint)):
             with contextlib.suppress(OSError):  # not empty, or not a folder: then it is not ours
                 os.rmdir(folder)
 
     def prepare_to_write(self) -> None:
-        """To be called before writing: once per process it sweeps orphans and marks the folder as a store.
+        """Call this before writing. Once per process, it sweeps orphaned temporary files and marks the folder as a store.
 
         Raises:
             StoreError: Opened read-only, written by a newer version, or not writable.
         """
         if self.readonly:
-            raise StoreError(f"the variant store {self.root} was opened with readonly=True; open it without to write")
+            raise StoreError(f"the variant store {self.root} was opened with readonly=True; open it without readonly to write")
         if self._prepared_by == os.getpid():
             return
         self.check_version()
@@ -171,7 +171,7 @@ class StoreFolder:
         self._prepared_by = os.getpid()
 
     def check_version(self) -> int:
-        """The store's format. One of a newer version is refused, since its files would look damaged.
+        """The store's format. A newer format is refused, since its files would look damaged.
 
         Raises:
             StoreError: The store's format is newer than this package's.
@@ -194,7 +194,7 @@ class StoreFolder:
     def sweep(self, max_age: float) -> int:
         """Remove the temporary files of writers that are gone; returns how many.
 
-        Gone means: on this host, and no process has the writer's id; or, on any host, not touched for ``max_age`` seconds.
+        A writer is gone if it ran on this host and no process has its id, or if its file is older than ``max_age`` seconds.
         """
         removed = 0
         with contextlib.suppress(OSError):
@@ -206,7 +206,7 @@ class StoreFolder:
         return removed
 
     def count_entries(self, name: str) -> int:
-        """How many entries a folder has; 0 where it cannot be listed."""
+        """How many entries a folder has; 0 if it cannot be listed."""
         with contextlib.suppress(OSError):
             return sum(1 for _ in self._scan(name))
         return 0
@@ -217,7 +217,7 @@ class StoreFolder:
         return sorted(e.name for e in entries if layout.is_fingerprint(e.name) and e.is_dir(follow_symlinks=False))
 
     def walk(self, fingerprint: str | None = None) -> Iterator[tuple[str, FileName | None]]:
-        """Path and name of everything below one recipe's folder, or all; the name is ``None`` for what no store writes."""
+        """Path and name of everything below one recipe's folder, or all; the name is ``None`` for foreign entries."""
         for recipe in self.fingerprints() if fingerprint is None else [fingerprint]:
             for shard in self._scan(recipe):
                 if not layout.is_shard(shard.name) or not shard.is_dir(follow_symlinks=False):
@@ -227,7 +227,7 @@ class StoreFolder:
                     yield entry.path, layout.parse(recipe, shard.name, entry.name)
 
     def _scan(self, name: str) -> "Iterator[os.DirEntry[str]]":
-        """Entries of a folder; none where it vanished, is a link, or is not a folder."""
+        """Entries of a folder; none if it is missing, is a link, or is not a folder."""
         folder = self.path(name)  # the root's ends with a slash, so that it may be a link
         if os.path.islink(folder):
             return
@@ -252,7 +252,7 @@ class StoreFolder:
         return path[len(self._prefix) :].replace(os.sep, "/").split("/")
 
     def _move_aside(self, path: str, judged: _FileId | None) -> bool:
-        """Move a file into the quarantine, unless another one has taken over its name; whether it was moved by this call."""
+        """Move a file to the quarantine, unless another one has taken its name; returns whether this call moved it."""
         target = self.path(f"{layout.QUARANTINE}/{'_'.join(self._below_root(path))[-120:]}.{_temporary_name()[:-4]}")
         self._refuse_links(path, target)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -271,7 +271,7 @@ class StoreFolder:
     def _publish_once(self, data: bytes, path: str) -> bool:
         temporary = self.path(f"{layout.TEMPORARY}/{_temporary_name()}")
         self._refuse_links(path, temporary)
-        for folder in (os.path.dirname(path), os.path.dirname(temporary)):  # before the file, which would be synced in vain
+        for folder in (os.path.dirname(path), os.path.dirname(temporary)):  # before the file, which might be synced for nothing
             os.makedirs(folder, exist_ok=True)
         try:
             _write(temporary, data, fsync=self.fsync)
@@ -293,7 +293,7 @@ class StoreFolder:
 
 
 def read(path: str, max_size: int) -> tuple[bytes, _FileId]:
-    """The bytes of a plain file, and which file it was.
+    """The bytes of a plain file, and the file's identity.
 
     Raises:
         DamagedFileError: It is a folder, pipe or device (never waited for), or larger than ``max_size`` bytes.
@@ -329,8 +329,8 @@ def _write(path: str, data: bytes, *, fsync: bool) -> None:
 def _give_name(temporary: str, final: str) -> bool:
     """Give a file its name, unless that is taken.
 
-    A hard link does both at once. File systems without hard links get a rename, by which a second writer may replace the
-    first one's file: still one whole file.
+    A hard link does both at once. File systems without hard links get a rename instead. A second writer may then replace the
+    first one's file, but readers still find one complete file.
     """
     try:
         os.link(temporary, final)

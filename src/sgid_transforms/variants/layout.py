@@ -2,8 +2,8 @@
 
 Names are checked before any path is built from them, so no key or fingerprint can lead out of the store.
 
-A variant's key is its image's key, followed by the digest of the text and the guidance that it was made under
-(`variant_key`): an image whose caption or label changes has other variants, and the old ones are not found.
+A variant's key is its image's key, followed by a digest of the text and the guidance that it was made with (`variant_key`).
+When an image's caption or label changes, its old variants are no longer found, and it gets new ones.
 
 A variant file is an ordinary image file, then a footer with the provenance and a digest::
 
@@ -13,7 +13,7 @@ A variant file is an ordinary image file, then a footer with the provenance and 
     magic    8 bytes: ``SGIDvar1``
     digest   32 bytes: SHA-256 of the name ``<fingerprint>/<k0k1>/<key>-<variant>`` followed by all bytes before the digest
 
-The name is part of the digest, so a file that was renamed or copied to another variant's place is found out as well. A variant
+The name is part of the digest, so a file that was renamed or copied to another variant's place is detected as well. A variant
 that could not be made has a small JSON file with the reasons in its place.
 """
 
@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 from sgid_transforms.errors import StoreError
 
 FORMAT_VERSION = 2
-"""1: keys named the image alone; 2: keys name the image and the text that its variants were made under."""
+"""1: keys named the image alone; 2: keys name the image and the text that its variants were made with."""
 
 EXTENSIONS = (".png", ".jpg", ".webp")
 FAILURE_SUFFIX = ".failed.json"
@@ -48,7 +48,7 @@ _DIGEST = 32
 _FOOTER = _TAIL.size + _DIGEST
 
 _TEXT_DIGITS = 16
-_encode = json.JSONEncoder(separators=(",", ":")).encode  # kept, for json.dumps makes a new one at every call
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # kept, since json.dumps makes a new one at every call
 
 _FINGERPRINT = re.compile(r"[0-9a-z][0-9a-z_-]{3,63}")
 _KEY = re.compile(r"[0-9a-f]{8,64}")
@@ -95,7 +95,7 @@ class FileName(NamedTuple):
 def variant_key(image_key: str, *text: object) -> str:
     """The key of an image's variants under one text: the image's key and 16 hex digits of a hash of ``text``.
 
-    A key of more than 48 digits, as users may give their images, is hashed to fit beside them.
+    A key of more than 48 digits, which users may give their images, is hashed to make room for them.
     """
     if len(image_key) > 64 - _TEXT_DIGITS:
         image_key = hashlib.sha256(image_key.encode()).hexdigest()[: 64 - _TEXT_DIGITS]
@@ -109,7 +109,7 @@ def image_key_of(key: str) -> str:
 
 
 def check_fingerprint(recipe: HasFingerprint | str) -> str:
-    """The fingerprint of ``recipe``, refused when it could not be a folder name of a store."""
+    """The fingerprint of ``recipe``; refused if it cannot be a folder name of a store."""
     fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
     if not is_fingerprint(fingerprint):
         raise StoreError(
@@ -130,7 +130,7 @@ def is_shard(name: str) -> bool:
 
 def stem(key: str, variant: int) -> str:
     """``<k0k1>/<key>-<variant>``: the path of a variant below its recipe's folder, without the extension."""
-    # The two checks run on every look-up of a training: keep them to one regular expression and one comparison.
+    # The two checks run on every look-up during training: keep them to one regular expression and one comparison.
     if not isinstance(key, str) or _KEY.fullmatch(key) is None:
         raise StoreError(f"key {key!r:.80} is not 8 to 64 lowercase hex digits; use image_key(image), or a hash of your own id")
     if type(variant) is not int or not 0 <= variant <= _MAX_VARIANT:
@@ -170,7 +170,7 @@ def unpack(data: bytes, name: str) -> tuple[memoryview, memoryview]:
     if magic != MAGIC:
         raise DamagedFileError("it has no footer: cut off, or not written by a variant store")
     if _digest(body, name) != data[-_DIGEST:]:
-        raise DamagedFileError("its digest does not fit: changed, or renamed")
+        raise DamagedFileError("its digest does not match: changed, or renamed")
     image_end = len(body) - _TAIL.size - length
     if image_end <= 0:
         raise DamagedFileError("its footer is longer than the file")
@@ -184,12 +184,12 @@ def _digest(body: bytes | memoryview, name: str) -> bytes:
 
 
 def pack_marker() -> bytes:
-    """The file that marks a folder as a store; a digest keeps a damaged byte from speaking for all files."""
+    """The file that marks a folder as a store. A digest detects damage, which would otherwise affect all files."""
     return json.dumps({"format": FORMAT_VERSION, "check": _marker_check(FORMAT_VERSION)}).encode("ascii")
 
 
 def unpack_marker(data: bytes) -> int:
-    """The format of a store; 1, the oldest, where the marker is damaged, since all its files can be read then."""
+    """The format of a store. A damaged marker counts as 1, the oldest format, so that all files can still be read."""
     try:
         marker = json.loads(data)
         version = marker["format"]
@@ -204,7 +204,7 @@ def _marker_check(version: object) -> str:
 
 
 def pack_failure(reasons: Sequence[str]) -> bytes:
-    """The file's bytes; more than 32 reasons of 1000 characters each are cut."""
+    """The file's bytes, cut to 32 reasons of 1000 characters each."""
     if isinstance(reasons, str):
         reasons = (reasons,)
     return json.dumps({"reasons": [str(reason)[:_MAX_REASON] for reason in reasons[:_MAX_REASONS]]}).encode("ascii")

@@ -1,4 +1,4 @@
-"""How a variant came about, stored inside its file."""
+"""How a variant was made, stored inside its file."""
 
 import dataclasses
 import json
@@ -12,19 +12,20 @@ from sgid_transforms.errors import StoreError
 
 @dataclass(frozen=True)
 class Provenance:
-    """All that led to one variant.
+    """Everything that determined one variant.
 
     Args:
         prompt: The text that the model saw, after truncation.
-        negative_prompt: The text that it was steered away from.
-        seed: Of the noise, the one of the accepted attempt.
+        negative_prompt: The text that the model was steered away from.
+        seed: Seed of the noise in the accepted attempt.
         strength: Share of the noise schedule that was run, in (0, 1].
         guidance_scale: Classifier-free guidance scale.
-        similarity: Cosine of the image and its prompt; the guidance scale came from its rank in the data set.
-        label_score: Probability of the label as the label filter saw it.
+        similarity: Cosine of the image and its prompt; similarity guidance turns its rank in the data set into the guidance
+            scale.
+        label_score: Probability of the label according to the label filter.
         image_similarity: Cosine of the variant's and the original's image embeddings.
         model: Model id or folder.
-        revision: Of the model.
+        revision: Revision of the model.
         sampler: Name of the sampler.
         num_inference_steps: Length of the whole schedule.
         attempt: 0 for the first try, 1 for the first retry after a filter, ...
@@ -60,7 +61,7 @@ class Provenance:
         """One line of ASCII JSON, the same for equal provenances.
 
         Raises:
-            StoreError: A number is not finite, or ``extra`` holds what JSON cannot.
+            StoreError: A number is not finite, or ``extra`` holds a value that JSON cannot represent.
         """
         values = {name: getattr(self, name) for name in _FIELDS}
         values |= {"versions": dict(self.versions), "extra": dict(self.extra)}
@@ -68,7 +69,7 @@ class Provenance:
             if isinstance(values[name], float) and not math.isfinite(values[name]):
                 values[name] = None
         try:
-            # ASCII escapes keep NUL, surrogates and any other text from mattering to the file.
+            # ASCII escapes make NUL, surrogates and any other text harmless to the file.
             return json.dumps(values, ensure_ascii=True, allow_nan=False, sort_keys=True, separators=(",", ":"))
         except (TypeError, ValueError, RecursionError) as error:
             raise StoreError(f"the provenance of a variant cannot be written as JSON: {error}") from error
@@ -95,7 +96,7 @@ class Provenance:
         return cls(**known)
 
 
-# What isinstance takes for the types that are not plain ones; JSON writes 1.0 as 1 in other languages.
+# What isinstance takes for types that are not plain classes; other languages write 1.0 as 1 in JSON.
 _IN_JSON: dict[Any, Any] = {
     float: int | float,
     float | None: int | float | None,

@@ -21,7 +21,7 @@ from sgid_transforms.variants.provenance import Provenance
 _Decoded = TypeVar("_Decoded")
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wraps the files of a store while they are walked through, as ``tqdm`` does."""
+"""Wraps an iterable of a store's files, as ``tqdm`` does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Variant:
 
     Args:
         image: A uint8 tensor (3, H, W), RGB.
-        provenance: How it came about.
+        provenance: How it was made.
         path: Its file.
     """
 
@@ -90,7 +90,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether there was nothing to complain of."""
+        """Whether nothing damaged or foreign was found."""
         return not self.damaged and not self.foreign
 
 
@@ -101,22 +101,22 @@ def _unwrapped(files: Iterable[Any]) -> Iterable[Any]:
 class VariantStore:
     """Variants by (recipe, key, variant number), below one folder that any number of processes may use at once.
 
-    A variant is published in one step when it is complete, and the first writer of a name wins. Reading never raises on
-    what it finds: a damaged or foreign file is moved to ``quarantine/``, counted, logged once per cause, and is a miss.
-    Nothing is ever unpickled. The object pickles as its path and settings. The format is described in ``docs/stores.md``.
+    A variant is published in one step when it is complete, and the first writer of a name wins. Reading never raises on a
+    damaged or foreign file: it is moved to ``quarantine/``, counted, logged once per cause, and treated as a miss. Nothing is
+    ever unpickled. The object pickles as its path and settings. The format is described in ``docs/stores.md``.
 
-    Everywhere, ``recipe`` is a recipe or its fingerprint.
+    In all methods, ``recipe`` is a recipe or its fingerprint.
 
     Args:
-        root: Folder of the store; created with the first variant. It may be a symbolic link; a link below it is not followed
-            for writing, moving or removing, and a recipe's folder that is one counts as absent.
+        root: Folder of the store; created with the first variant. It may be a symbolic link. Links below it are not followed
+            for writing, moving or removing, and a recipe's folder that is a link counts as absent.
         readonly: Never write, not even to move a damaged file aside.
-        fsync: Wait until a variant is on the disk before it counts as stored. Without it a power cut (not a killed
-            process) can lose or damage the latest variants; the digest finds the damaged ones, which then are misses.
+        fsync: Wait until a variant is on the disk before it counts as stored. Without it a power cut (not a killed process) can
+            lose or damage the latest variants; the digest detects the damaged ones, which are then misses.
 
     Raises:
-        StoreError: From every method that gets a fingerprint, key or variant number that no store can hold, or comes upon a
-            store of a newer version.
+        StoreError: From every method, for a fingerprint, key or variant number that no store can hold, or for a store of a
+            newer version.
 
     Examples:
         >>> store, recipe = VariantStore("own"), Recipe(model="tiny")
@@ -129,7 +129,7 @@ class VariantStore:
 
     def __init__(self, root: str | os.PathLike[str], *, readonly: bool = False, fsync: bool = True) -> None:
         self._folder = StoreFolder(root, readonly=readonly, fsync=fsync)
-        # fingerprint, once checked -> extensions to try, the one found last first; none where its folder is a link
+        # checked fingerprint -> extensions to try, the one found last first; none if its folder is a link
         self._extensions: dict[str, tuple[str, ...]] = {}
 
     @property
@@ -144,7 +144,7 @@ class VariantStore:
 
     @property
     def quarantined(self) -> int:
-        """How many damaged or foreign files this object came across."""
+        """How many damaged or foreign files this object has found."""
         return self._folder.damaged_seen
 
     def __getstate__(self) -> dict[str, object]:
@@ -159,13 +159,13 @@ class VariantStore:
     def get_image(self, recipe: HasFingerprint | str, key: str, variant: int) -> torch.Tensor | None:
         """The pixels of a variant, or ``None``: uint8 (3, H, W), RGB, in channels-last memory, as decoders make it.
 
-        This and `get_pil` are the hot path of a training: one file is opened, its digest checked, its image decoded.
+        This and `get_pil` are the hot path of training: one file is opened, its digest checked, its image decoded.
         """
         found = self._find(recipe, key, variant, codec.decode)
         return None if found is None else _tensor(found[0])
 
     def get_pil(self, recipe: HasFingerprint | str, key: str, variant: int) -> Image.Image | None:
-        """The pixels of a variant as an RGB PIL image, or ``None``; cheaper than to convert `get_image`'s tensor."""
+        """The pixels of a variant as an RGB PIL image, or ``None``; cheaper than converting `get_image`'s tensor."""
         found = self._find(recipe, key, variant, codec.decode_pil)
         return None if found is None else found[0]
 
@@ -195,21 +195,21 @@ class VariantStore:
         return self._folder.load(self._folder.path(stem + layout.FAILURE_SUFFIX), layout.MAX_FAILURE, layout.unpack_failure)
 
     def may_have_old_keys(self, recipe: HasFingerprint | str) -> bool:
-        """Whether an earlier version wrote variants of this recipe here, whose keys name the image alone."""
+        """Whether this store may hold variants of an earlier version, whose keys name the image alone."""
         return self._folder.check_version() < layout.FORMAT_VERSION
 
     def put(self, recipe: HasFingerprint | str, key: str, variant: int, image: torch.Tensor, provenance: Provenance) -> bool:
-        """Store a variant, unless somebody was first.
+        """Store a variant, unless it is already stored.
 
         Args:
-            recipe: Its ``image_format`` decides on the file format; a mere fingerprint means ``"auto"``.
+            recipe: Its ``image_format`` decides the file format; a fingerprint alone means ``"auto"``.
             key: Of the original image.
             variant: Number of the variant, from 0.
             image: A uint8 tensor (3, H, W), RGB.
             provenance: Kept inside the file.
 
         Returns:
-            ``False`` if there was such a variant already; the given one is then dropped.
+            ``False`` if the variant was already stored; the given one is then dropped.
 
         Raises:
             StoreError: It cannot be written (no space, read-only media, ...), or an argument cannot be stored. No part of
@@ -225,13 +225,13 @@ class VariantStore:
     def put_failure(self, recipe: HasFingerprint | str, key: str, variant: int, reasons: Sequence[str]) -> bool:
         """Remember that a variant could not be made, so that it is not tried again in every epoch.
 
-        A variant that gets stored all the same is found as any other; ask for it before asking for its failure.
+        A variant that is stored later is found as usual, so look for the variant before its failure.
 
         Returns:
-            ``False`` if a failure of this variant was remembered already.
+            ``False`` if a failure of this variant was already remembered.
 
         Raises:
-            StoreError: As `put`.
+            StoreError: As for `put`.
         """
         stem, _ = self._place(recipe, key, variant)
         self._folder.prepare_to_write()
@@ -244,7 +244,7 @@ class VariantStore:
             refs: Those to remove, as `iter` and `iter_failures` yield them.
 
         Raises:
-            StoreError: A ref whose path is not such a file's, or this store cannot be written.
+            StoreError: The path of a ref is not that of its variant, or this store cannot be written.
         """
         self._folder.prepare_to_write()
         removed = 0
@@ -292,7 +292,7 @@ class VariantStore:
 
         Args:
             repair: Move damaged and foreign entries to the quarantine, and remove orphaned temporary files.
-            progress: Wraps the files while they are walked through, as ``tqdm`` does.
+            progress: Wraps the iterable of files, as ``tqdm`` does.
         """
         self._folder.check_version()
         if repair:
@@ -302,7 +302,7 @@ class VariantStore:
         damaged: list[Path] = []
         foreign: list[Path] = []
         for path, name in progress(self._folder.walk()):
-            problem = "its name is none that a store gives" if name is None else _problem(path, name)
+            problem = "its name is not one that a store gives" if name is None else _problem(path, name)
             checked += name is not None
             if problem is not None:
                 (foreign if name is None else damaged).append(Path(path))
@@ -310,9 +310,9 @@ class VariantStore:
         return VerifyReport(checked, tuple(damaged), tuple(foreign), repaired)
 
     def prune(self, keep: HasFingerprint | str | Iterable[HasFingerprint | str], *, progress: Progress = _unwrapped) -> int:
-        """Remove the variants and failures of all recipes but the one or those to keep; returns how many files.
+        """Remove the variants and failures of all recipes except those to keep; returns how many files.
 
-        Only files that a store writes are removed; whatever else lies there stays, with its folder.
+        Only files that a store writes are removed; any other file stays, with its folder.
 
         Raises:
             StoreError: There is nothing to keep, or this store cannot be written.
@@ -321,7 +321,7 @@ class VariantStore:
         kept = {layout.check_fingerprint(recipe) for recipe in recipes}
         if not kept:
             raise StoreError(
-                f"prune was given no recipe to keep, so that all of {self.root} would go; delete the folder for that"
+                f"prune was given no recipe to keep and would remove all of {self.root}; delete the folder for that"
             )
         others = [fingerprint for fingerprint in self._folder.fingerprints() if fingerprint not in kept]
         removed = self.remove(progress(ref for fingerprint in others for ref, _ in self._refs(fingerprint)))
@@ -332,8 +332,8 @@ class VariantStore:
     def merge(self, other: "VariantStore | str | os.PathLike[str]") -> int:
         """Copy the variants and failures of another store that this one lacks; returns how many files.
 
-        Damaged ones are left where they are, and logged. Copying the other store's folders over this one's, with any
-        tool that does not overwrite, does the same without a check: later reads make up for that.
+        Damaged ones are left where they are, and logged. Copying the other store's folders over this one's, with any tool that
+        does not overwrite, does the same without the check, which later reads make up for.
 
         Raises:
             StoreError: There is no such store, or this one cannot be written.
@@ -367,7 +367,7 @@ class VariantStore:
         return self._folder.sweep(max_age)
 
     def _refs(self, recipe: HasFingerprint | str | None = None) -> Iterator[tuple[VariantRef, bool]]:
-        """All that a store wrote, and whether it is a failure."""
+        """All files that a store wrote, each with whether it is a failure."""
         self._folder.check_version()
         for path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
             if name is not None:
@@ -397,7 +397,7 @@ class VariantStore:
             path = self._folder.path(stem + extension)
             found = self._folder.load(path, layout.MAX_FILE, parse)
             if found is not None:
-                if extension is not extensions[0]:  # a recipe makes one format, mostly: try it first from now on
+                if extension is not extensions[0]:  # a recipe mostly uses one format: try it first from now on
                     others = (other for other in extensions if other != extension)
                     self._extensions[stem.partition("/")[0]] = (extension, *others)
                 return *found, path
@@ -409,7 +409,7 @@ def _tensor(pixels: codec.Pixels) -> torch.Tensor:
 
 
 def _checked(name: FileName, data: bytes) -> bytes:
-    """``data``, after a full check of it."""
+    """Check ``data`` in full and return it."""
     if name.is_failure:
         layout.unpack_failure(data)
         return data
