@@ -19,7 +19,7 @@ from sgid_transforms.variants.layout import image_key_of
 RECORD = CaptionRecord(
     "ab" * 16, "a brown cat", "cat", 0.3, 0.5, captioner="blip", path="a.png", scorer="clip", prompt="a photo of a cat"
 )
-RECIPE = Recipe(guidance=SimilarityGuidance(2, 4))
+RECIPE = Recipe(guidance=SimilarityGuidance(2, 4), caption_from="own")
 UNUSED = CaptionStore("unused.sqlite")  # opened only for contexts
 
 

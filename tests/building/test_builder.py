@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from augment_fakes import FakeCaptioner, FakeScorer, captioned, picture
+from augment_fakes import OWN_CAPTIONS, FakeCaptioner, FakeScorer, captioned, picture
 from report_fakes import ColourScorer
 from sgid_transforms.building.address import Address
 from sgid_transforms.building.builder import Builder, BuilderSpec, auto_models
@@ -21,7 +21,7 @@ from sgid_transforms.images.keys import image_key
 from sgid_transforms.recipe import Filters, Recipe
 from sgid_transforms.variants import VariantStore
 
-RECIPE = Recipe()
+RECIPE = OWN_CAPTIONS
 
 
 class Generate:

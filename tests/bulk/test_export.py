@@ -15,7 +15,7 @@ from sgid_transforms.images.reading import load_image
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
-RECIPE = Recipe()
+RECIPE = Recipe(caption_from="own")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
-RECIPE = Recipe(guidance=SimilarityGuidance(2.0, 6.0))
+RECIPE = Recipe(guidance=SimilarityGuidance(2.0, 6.0), caption_from="own")
 
 
 class Stores:

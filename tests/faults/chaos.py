@@ -31,6 +31,7 @@ import torch
 from service_fakes import fake_factory, wish
 from sgid_transforms.captions import CaptionRecord, CaptionStore
 from sgid_transforms.errors import ServiceError, StoreError
+from sgid_transforms.recipe import Recipe
 from sgid_transforms.service import GenerationService, ServiceClient
 from sgid_transforms.transforms.augment import SGIDAugment
 from sgid_transforms.variants import Provenance, VariantStore
@@ -392,7 +393,7 @@ def hostile_frames(folder: Path, rng: random.Random, tries: int) -> Outcome:
 def floods(folder: Path, rng: random.Random, tries: int) -> Outcome:
     """Many clients of a real model announce up to 192 MiB and send all, much or little of it: its memory stays bounded."""
     violations: list[str] = []
-    sgid = SGIDAugment(captions=folder / "c.sqlite", variants=folder / "v")
+    sgid = SGIDAugment(recipe=Recipe(caption_from="own"), captions=folder / "c.sqlite", variants=folder / "v")
     with sgid.serve(device="cpu", timeout=DEADLINE) as service, ThreadPoolExecutor(24) as pool:
         honest = ServiceClient(service.client.address, timeout=DEADLINE)
         honest.generate([wish("00" * 16, size=32)])
@@ -466,7 +467,7 @@ def _hostile(rng: random.Random) -> bytes:
 
 def forks(folder: Path, rng: random.Random, seconds: int) -> Outcome:
     """Forks while threads count, change settings, and write into both stores: every child can do the same, and ends."""
-    sgid = SGIDAugment(captions=folder / "c.sqlite", variants=folder / "v", p=0.5)
+    sgid = SGIDAugment(recipe=Recipe(caption_from="own"), captions=folder / "c.sqlite", variants=folder / "v", p=0.5)
     stop, violations, tries = threading.Event(), [], 0
 
     def count() -> None:

@@ -26,7 +26,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 def builder(folder, filters=Filters(), **options):
-    recipe = Recipe.for_model("tiny").replace(filters=filters)
+    recipe = Recipe(caption_from="own", filters=filters)
     captions = CaptionStore(f"{folder}/captions.sqlite")
     for number in range(20):
         captions.put(CaptionRecord(f"{number:032x}", "a caption", label="frog", rank=0.5, scorer="tiny"))
@@ -113,7 +113,7 @@ for number in range(21):
     captions.put(CaptionRecord(f"{number:032x}", "a caption", label="cat"))
 def wish(number, **size):
     return Wanted(f"{number:032x}", 0, photo(number, **size), "cat")
-sgid = SGIDAugment(captions=captions, variants=f"{folder}/variants")
+sgid = SGIDAugment(recipe=Recipe(caption_from="own"), captions=captions, variants=f"{folder}/variants")
 with sgid.serve(device="cpu") as service, ThreadPoolExecutor(8) as pool:
     def megabytes(what):
         return int(re.search(what + r":\\s+(\\d+)", Path(f"/proc/{service.pid}/status").read_text())[1]) / 1024

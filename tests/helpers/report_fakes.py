@@ -47,7 +47,7 @@ def make_stores(
     root, recipe=None, labels=("red", "green", "blue"), per_class=3, strengths=(0.1, 0.3, 0.9), caption="a {} field"
 ):
     """Originals as PNG files below ``root/data``; the variant of strength 0.9 has lost its label; one is rejected per class."""
-    recipe = recipe or Recipe()
+    recipe = recipe or Recipe(caption_from="own")
     captions, variants = CaptionStore(root / "captions.sqlite"), VariantStore(root / "variants", fsync=False)
     for label in labels:
         for number in range(per_class):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from augment_fakes import captioned, fake_generator, image_folder, picture
+from augment_fakes import OWN_CAPTIONS, captioned, fake_generator, image_folder, picture
 from sgid_transforms.transforms.augment import SGIDAugment
 
 # What Lightning's own code does with torch, and its advice for real trainings.
@@ -38,7 +38,9 @@ def test_trainer_fits(tmp_path: Path) -> None:
         def on_train_epoch_start(self) -> None:
             sgid.p = 1.0 if self.current_epoch else 0.0  # a schedule
 
-    sgid = SGIDAugment(captions=tmp_path / "c.sqlite", variants=tmp_path / "v", p=0.5, generator=fake_generator())
+    sgid = SGIDAugment(
+        recipe=OWN_CAPTIONS, captions=tmp_path / "c.sqlite", variants=tmp_path / "v", p=0.5, generator=fake_generator()
+    )
     sgid.captions.put_many(captioned(*map(picture, range(12))))
     chain = v2.Compose([sgid, v2.RandAugment(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     data = ImageFolder(image_folder(tmp_path / "data"), transform=chain)

@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-from augment_fakes import captioned, fake_generator, image_folder, picture, pil_picture
+from augment_fakes import OWN_CAPTIONS, captioned, fake_generator, image_folder, picture, pil_picture
 from sgid_transforms.transforms.augment import SGIDAugment
 from sgid_transforms.transforms.dataset import SGIDDataset
 
 
 @pytest.fixture
 def sgid(tmp_path: Path) -> SGIDAugment:
-    sgid = SGIDAugment(captions=tmp_path / "c.sqlite", variants=tmp_path / "v", p=1.0, generator=fake_generator())
+    sgid = SGIDAugment(
+        recipe=OWN_CAPTIONS, captions=tmp_path / "c.sqlite", variants=tmp_path / "v", p=1.0, generator=fake_generator()
+    )
     sgid.captions.put_many(captioned(*map(picture, range(12))))
     return sgid
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from service_fakes import batches, fake_factory, refusing_factory, wish
-from sgid_transforms import CaptionRecord, CaptionStore, SGIDAugment, image_key
+from sgid_transforms import CaptionRecord, CaptionStore, Recipe, SGIDAugment, image_key
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.errors import GenerationError, ModelLoadError, ServiceError
 from sgid_transforms.files import try_lock
@@ -544,7 +544,7 @@ def test_a_picture_too_large_for_the_service_is_refused_in_a_sentence_and_fails_
     pictures = [torch.full((3, side, 40), 9, dtype=torch.uint8) for side in (40, 41)]
     for picture in pictures:
         captions.put(CaptionRecord(image_key(picture), "a caption", label="cat"))
-    sgid = SGIDAugment(captions=captions, variants=tmp_path / "v", p=1.0, on_miss=on_miss)
+    sgid = SGIDAugment(recipe=Recipe(caption_from="own"), captions=captions, variants=tmp_path / "v", p=1.0, on_miss=on_miss)
     with sgid.serve(device="cpu"):
         with pytest.raises(
             GenerationError, match="a picture of 40 x 41 pixels is too large for the generation service, which takes 1,600"

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from augment_fakes import batches, captioned, fake_generator, picture, pil_picture
+from augment_fakes import OWN_CAPTIONS, batches, captioned, fake_generator, picture, pil_picture
 from sgid_transforms.errors import GenerationError, MissingCaptionError, ServiceError
 from sgid_transforms.images.keys import image_key
 from sgid_transforms.transforms.augment import SGIDAugment
@@ -32,7 +32,7 @@ def make(tmp_path: Path) -> Make:
     """An SGIDAugment with a fake generator and captions of the pictures 0 to 9."""
 
     def make(**settings: Any) -> SGIDAugment:
-        settings = {"p": 1.0, "generator": fake_generator(tmp_path / "log")} | settings
+        settings = {"recipe": OWN_CAPTIONS, "p": 1.0, "generator": fake_generator(tmp_path / "log")} | settings
         sgid = SGIDAugment(captions=tmp_path / "captions.sqlite", variants=tmp_path / "variants", **settings)
         sgid.captions.put_many(captioned(*map(picture, range(10))))
         return sgid
@@ -525,7 +525,7 @@ def test_summary_counts_since_the_last_one(make: Make) -> None:
 )
 def test_images_in_a_form_that_is_not_taken_are_refused_instead_of_passed_by(make: Make, sample: Any) -> None:
     """They came back untouched: a whole training ran without a single variant and without a word."""
-    with pytest.raises((TypeError, ValueError), match=r"put v2\.ToImage|has no channels"):
+    with pytest.raises((TypeError, ValueError), match=r"convert it with v2\.ToImage|has no channels"):
         make()(sample)
 
 

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from augment_fakes import (
     CLASSES,
+    OWN_CAPTIONS,
     FakeCaptioner,
     FakeScorer,
     batches,
@@ -51,7 +52,7 @@ class Repeated:
 
 
 def _sgid(tmp_path: Path, data: Any = None, **settings: Any) -> SGIDAugment:
-    settings = {"p": 1.0, "generator": fake_generator(tmp_path / "log")} | settings
+    settings = {"recipe": OWN_CAPTIONS, "p": 1.0, "generator": fake_generator(tmp_path / "log")} | settings
     sgid = SGIDAugment(captions=tmp_path / "captions.sqlite", variants=tmp_path / "variants", **settings)
     if data is not None:
         sgid.captions.put_many(captioned(*(image for image, _ in (data[n] for n in range(len(data))))))

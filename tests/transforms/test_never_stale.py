@@ -18,7 +18,7 @@ from sgid_transforms.images.keys import image_key
 from sgid_transforms.recipe import Recipe, SimilarityGuidance
 from sgid_transforms.transforms.augment import SGIDAugment
 
-RECIPE = Recipe(guidance=SimilarityGuidance(2, 4))
+RECIPE = Recipe(guidance=SimilarityGuidance(2, 4), caption_from="own")
 
 
 class OtherScorer(FakeScorer):

@@ -34,7 +34,7 @@ TINY: Final[Preset] = {
     "exact_strength": True,
     "resolution": None,
     "caption_mode": "free",
-    "caption_from": "own",
+    "caption_from": "dataset",
 }
 
 # Edition of the bundled weights. It is part of the fingerprint of every `tiny` recipe, so that images of older weights are
