@@ -33,6 +33,14 @@ def context_scale(scale: torch.Tensor) -> torch.Tensor:
     return 1 + (scale - 1) / 4
 
 
+def steps_of(strength: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last timestep of the step that holds a share, in [0, 1), of the steps of a strength, all (B,); -1 is clean."""
+    steps = (strength * STEPS).round().clamp(min=1)
+    at = (share * steps).floor()
+    top = (strength * unet_stage.scheduler().config.num_train_timesteps).round()
+    return (top * (1 - at / steps)).round().long() - 1, (top * (1 - (at + 1) / steps)).round().long() - 1
+
+
 def main() -> None:
     p = parser(__doc__.splitlines()[0], steps=4000, batch_size=64, lr=3e-4, decay=0.6)
     p.add_argument("--substeps", type=int, default=3, help="steps of the teacher in place of one of the student")
@@ -91,11 +99,7 @@ def main() -> None:
         lender = torch.where(coin(count, g), index, torch.randint(len(data), (count,), generator=g))
         prompts = unet_stage.draw_prompts(data, looks, index, mirror, 0.0, g, lender=lender)
         strength = torch.where(torch.rand(count, generator=g) < 0.15, 1.0, 0.3 + 0.7 * torch.rand(count, generator=g))
-        steps = (strength * STEPS).round().clamp(min=1)
-        at = (torch.rand(count, generator=g) * steps).floor()
-        top = (strength * (len(alphas) - 1)).round()
-        start = (top * (1 - at / steps)).round().long() - 1
-        end = (top * (1 - (at + 1) / steps)).round().long() - 1
+        start, end = steps_of(strength, torch.rand(count, generator=g))
         scale = SCALES[0] + (SCALES[1] - SCALES[0]) * torch.rand(count, generator=g)
         clean = latents[mirror, index].float() * latent_scale
         a, s = level(start)

@@ -1,7 +1,8 @@
 """Measure the exported bundle on the 5,000 ``test`` images and write ``metrics.json`` and the model card beside it.
 
-Every part loads the bundle as a user of plain diffusers and transformers would. Parts already measured for the same
-weights are read back, so that an interrupted run goes on; ``--limit`` measures on fewer images and says so in the card.
+CLIP and autoencoder are loaded as a user of plain diffusers and transformers would, and variants are made by the package's own
+generator with the sampler and the steps of the `tiny` preset. Parts already measured for the same weights are read back, so
+that an interrupted run resumes; ``--limit`` measures on fewer images and says so in the card.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import classifier
 from data import CLASSES, Split, load_split
+from sgid_transforms.generation.generator import Generator
+from sgid_transforms.generation.requests import GenerationRequest
+from sgid_transforms.recipe.prompts import build_prompt
+from sgid_transforms.recipe.recipe import Filters, Recipe
 from words import COLOURS, describe
 
-STRENGTHS = (0.3, 0.5, 0.7, 0.9)
-GUIDANCE = (1.0, 2.0, 3.0, 5.0)
-STEPS = 10
+STRENGTHS = (0.3, 0.5, 0.7, 0.9, 1.0)
+GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.0)
 
 
 def digest(bundle: Path, *folders: str) -> str:
@@ -85,21 +90,12 @@ def measure_clip(bundle: Path, data: Split) -> dict[str, float]:
     return {"zero_shot": right.float().mean().item()}
 
 
-@torch.no_grad()
-def write_captions(bundle: Path, images: torch.Tensor) -> list[str]:
-    from transformers import BlipForConditionalGeneration, BlipProcessor
+def write_captions(bundle: Path, images: torch.Tensor, labels: list[str] | None = None) -> list[str]:
+    """Captions from the pixels alone or, with labels, contexts."""
+    from sgid_transforms.models.captioner import Captioner
 
-    model = BlipForConditionalGeneration.from_pretrained(
-        bundle / "captioner", dtype=torch.float32, local_files_only=True
-    ).eval()
-    processor = BlipProcessor.from_pretrained(bundle / "captioner", local_files_only=True)
-    out: list[str] = []
-    for x in tqdm(images.split(250), desc="captions", mininterval=10):
-        pixels = processor.image_processor(list(x), return_tensors="pt").pixel_values
-        out += processor.tokenizer.batch_decode(
-            model.generate(pixel_values=pixels, max_new_tokens=22), skip_special_tokens=True
-        )
-    return out
+    captioner = Captioner(str(bundle / "captioner"), batch_size=250, mode="free" if labels is None else "context")
+    return captioner.caption(list(images), labels)
 
 
 def measure_captions(captions: list[str], data: Split, classes_of: dict[str, int]) -> dict[str, Any]:
@@ -116,30 +112,31 @@ def measure_captions(captions: list[str], data: Split, classes_of: dict[str, int
 
 
 def make_variants(
-    pipe, images: torch.Tensor, prompts: list[str], strength: float, guidance: float, steps: int = STEPS, seed: int = 0
+    generator: Generator, images: torch.Tensor, prompts: list[str], strength: float, guidance: float, seed: int = 0
 ) -> torch.Tensor:
-    """uint8 variants of uint8 images by diffusers' own call, in batches that share strength and guidance."""
-    out = []
-    generator = torch.Generator().manual_seed(seed)
-    for start in tqdm(range(0, len(images), 100), desc=f"strength {strength} guidance {guidance}", mininterval=10):
-        batch = images[start : start + 100].float() / 255
-        result = pipe(
-            prompt=prompts[start : start + 100], image=batch, strength=strength, guidance_scale=guidance,
-            num_inference_steps=steps, generator=generator, output_type="pt",
-        ).images  # fmt: skip
-        out.append((result * 255).round().clamp(0, 255).to(torch.uint8))
-    return torch.cat(out)
+    """uint8 variants of uint8 images."""
+    requests = [
+        GenerationRequest(image, prompt, strength=strength, guidance_scale=guidance, seed=seed + number)
+        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True))
+    ]
+    made = [
+        result.image for result in tqdm(generator(requests), desc=f"strength {strength} guidance {guidance}", mininterval=10)
+    ]
+    return torch.stack([original if image is None else image for original, image in zip(images, made, strict=True)])
 
 
-def load_pipeline(bundle: Path):
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(
+def load_generator(bundle: Path) -> Generator:
+    """The bundle under the settings of the preset, without filters."""
+    recipe = Recipe.for_model("tiny").replace(revision=str(bundle), filters=Filters(max_retries=0))
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(
         bundle / "pipeline", dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.unet.to(memory_format=torch.channels_last)
-    return pipe
+    return Generator.from_recipe(recipe, device="cpu", batch_size=50, pipeline=pipeline)
+
+
+def has_background(images: torch.Tensor, looks: list[dict[str, Any]]) -> float:
+    """Share of the images whose background has the colour that their prompts named."""
+    return sum(a["background"] == b["background"] for a, b in zip(describe(images), looks, strict=True)) / len(looks)
 
 
 class Results:
@@ -180,15 +177,14 @@ def main() -> None:
         results.part("vae", digest(args.bundle, "pipeline/vae"), lambda: measure_vae(args.bundle, data, judge))
     if "clip" in wanted:
         results.part("clip", digest(args.bundle, "clip"), lambda: measure_clip(args.bundle, data))
-    captions: list[str] = []
-    if "captioner" in wanted or "variants" in wanted:
+    if "captioner" in wanted:
         captions = write_captions(args.bundle, data.images)
         pretrain = load_split(args.data, "pretrain")
         classes_of = dict(zip(pretrain.subnames, pretrain.labels.tolist(), strict=True))
         key = digest(args.bundle, "captioner")
         results.part("captioner", key, lambda: measure_captions(captions, data, classes_of))
     if "variants" in wanted:
-        measure_all_variants(args, data, judge, captions, results)
+        measure_all_variants(args, data, judge, results)
 
     from card import training, write_card
 
@@ -197,44 +193,59 @@ def main() -> None:
     write_card(args.bundle, results.parts)
 
 
-def measure_all_variants(
-    args: argparse.Namespace, data: Split, judge: classifier.Classifier, captions: list[str], results: Results
-) -> None:
+def measure_all_variants(args: argparse.Namespace, data: Split, judge: classifier.Classifier, results: Results) -> None:
     weights = f"{digest(args.bundle, 'pipeline', 'captioner')}-{args.limit}"
-    pipe, clip = load_pipeline(args.bundle), Clip(args.bundle)
-    full = [f"a photo of a {CLASSES[label]}, {text}" for label, text in zip(data.labels.tolist(), captions, strict=True)]
-    label_only = [f"a photo of a {CLASSES[label]}" for label in data.labels.tolist()]
-    n = args.limit
-    originals = accuracy(judge, data.images[:n], data.labels[:n])
-    features = clip.images(data.images[:n])
+    generator, clip = load_generator(args.bundle), Clip(args.bundle)
 
-    def measure(prompts: list[str], strength: float, guidance: float, count: int) -> dict[str, Any]:
-        made = make_variants(pipe, data.images[:count], prompts[:count], strength, guidance)
-        agreement = accuracy(judge, made, data.labels[:count])
+    def labels_of(split: Split) -> list[str]:
+        return [CLASSES[label] for label in split.labels.tolist()]
+
+    def prompts_of(labels: list[str], contexts: list[str]) -> list[str]:
+        return [build_prompt("a photo of a {label}, {caption}", *pair) for pair in zip(labels, contexts, strict=True)]
+
+    n = args.limit
+    test = Split(data.images[:n], data.labels[:n], data.subnames[:n], data.names[:n])
+    labels = labels_of(test)
+    contexts = write_captions(args.bundle, test.images, labels)
+    lenders = [(7 * number + 3) % len(labels) for number in range(len(labels))]  # of other images, mostly of other classes
+    described = describe(test.images)
+    looks = [described[number] for number in lenders]
+    prompts = {
+        "own": prompts_of(labels, contexts),
+        "label": prompts_of(labels, [""] * len(labels)),
+        "travelling": prompts_of(labels, [contexts[number] for number in lenders]),
+    }
+    originals = accuracy(judge, test.images, test.labels)
+    features = clip.images(test.images)
+
+    def measure(text: str, strength: float, guidance: float) -> dict[str, Any]:
+        made = make_variants(generator, test.images, prompts[text], strength, guidance)
+        agreement = accuracy(judge, made, test.labels)
         return {
-            "strength": strength, "guidance": guidance, "images": count, "agreement": agreement,
-            "relative": agreement / accuracy(judge, data.images[:count], data.labels[:count]),
-            "image_similarity": (clip.images(made) * features[:count]).sum(1).mean().item(),
+            "strength": strength, "guidance": guidance, "images": n, "agreement": agreement, "relative": agreement / originals,
+            "image_similarity": (clip.images(made) * features).sum(1).mean().item(),
+            "pixel_difference": (made.float() - test.images.float()).abs().mean().item() / 255,
+            "background": has_background(made, looks) if text == "travelling" else None,
         }  # fmt: skip
 
     # The guidance scale is chosen on the last images of `pretrain`, so that `test` only measures.
     tune = load_split(args.data, "pretrain")
-    tune_images, tune_labels = tune.images[-args.search :], tune.labels[-args.search :]
-    tune_captions = write_captions(args.bundle, tune_images)
-    tune_prompts = [f"a photo of a {CLASSES[y]}, {text}" for y, text in zip(tune_labels.tolist(), tune_captions, strict=True)]
+    tune = Split(*(part[-args.search :] for part in (tune.images, tune.labels, tune.subnames, tune.names)))
+    tune_contexts = write_captions(args.bundle, tune.images, labels_of(tune))
+    tune_prompts = prompts_of(labels_of(tune), [*tune_contexts[1:], tune_contexts[0]])
 
     def search() -> dict[str, Any]:
         table = []
         for guidance in GUIDANCE:
-            made = make_variants(pipe, tune_images, tune_prompts, 0.6, guidance)
-            table.append({"guidance": guidance, "agreement": accuracy(judge, made, tune_labels)})
-        return {"strength": 0.6, "images": len(tune_images), "table": table}
+            made = make_variants(generator, tune.images, tune_prompts, 0.9, guidance)
+            table.append({"guidance": guidance, "agreement": accuracy(judge, made, tune.labels)})
+        return {"strength": 0.9, "images": len(tune), "table": table}
 
     table = results.part("guidance_search", weights, search)["table"]
     best = max(table, key=lambda row: row["agreement"])["guidance"]
     for strength in STRENGTHS:
-        results.part(f"variants_{strength}", weights, lambda s=strength: measure(full, s, best, n))
-    results.part("label_only_0.7", weights, lambda: measure(label_only, 0.7, best, n))
+        for text in prompts:
+            results.part(f"{text}_{strength:g}", weights, lambda t=text, s=strength: measure(t, s, best))
     results.part("originals", weights, lambda: {"agreement": originals, "images": n})
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 import captioner as captioner_stage
 import clip as clip_stage
+import distil as distil_stage
 import tokenizer as tokenizer_stage
 import unet as unet_stage
 import vae as vae_stage
@@ -47,7 +48,7 @@ def pipeline(work: Path, allow_missing: bool) -> StableDiffusionImg2ImgPipeline:
     scale = float(scale_file.read_text()) if scale_file.exists() else 1.0
     vae = load_or_random(AutoencoderTiny(**vae_stage.CONFIG), work, "vae", "vae", allow_missing)
     vae.register_to_config(scaling_factor=scale)
-    unet = load_or_random(UNet2DConditionModel(**unet_stage.UNET_CONFIG), work, "unet", "unet", allow_missing)
+    unet = load_or_random(UNet2DConditionModel(**distil_stage.CONFIG), work, "distil", "unet", allow_missing)
     text = CLIPTextModel(unet_stage.text_config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id))
     text = load_or_random(text, work, "unet", "text_encoder", allow_missing)
     return StableDiffusionImg2ImgPipeline(
@@ -62,6 +63,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "src" / "sgid_transforms" / "assets" / "tiny")
     p.add_argument("--allow-missing", action="store_true", help="random weights for stages without a checkpoint")
     p.add_argument("--judge", type=Path, help="also write the judge's weights to this safetensors file")
+    p.add_argument("--teacher", type=Path, help="also write the UNet before distillation to this safetensors file")
     args = p.parse_args()
 
     for folder in ("pipeline", "clip", "captioner"):
@@ -92,6 +94,10 @@ def main() -> None:
 
     if args.judge:
         save_file({key: value.contiguous() for key, value in averaged(args.work, "judge")["model"].items()}, args.judge)
+
+    if args.teacher:
+        teacher = averaged(args.work, "unet")["unet"]
+        save_file({key: value.half().contiguous() for key, value in teacher.items()}, args.teacher)
 
     total = 0
     for file in sorted(args.out.rglob("*.safetensors")):

@@ -1,10 +1,8 @@
 """Turn an exported bundle back into checkpoints, so that training goes on where the published weights ended.
 
-The optimizer's state is not part of a bundle: it starts anew, under the schedule's warm-up. The judge's weights come from
-``judge.safetensors`` beside this file. A checkpoint that exists already is left alone.
-
-``--keep FILE`` writes the averaged weights of the stages to a file, in half precision, and ``--take FILE`` takes them in
-place of the bundle's, so that training can go on on another machine before there is a new bundle.
+The optimizer's state is not part of a bundle: it starts anew, under the schedule's warm-up. The bundle's UNet is the student of
+`distil.py`. Its teacher, the UNet that can be trained further, comes from ``teacher.safetensors`` beside this file, and the
+judge's weights from ``judge.safetensors``. A checkpoint that exists already is left alone.
 """
 
 from __future__ import annotations
@@ -14,14 +12,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import captioner as captioner_stage
 from tokenizer import extend
 from words import PLACES
 
 HERE = Path(__file__).parent
-PARTS = {"unet": ("unet", "text_encoder"), "clip": ("clip",), "captioner": ("captioner",)}
 BUNDLE = HERE.parents[1] / "src" / "sgid_transforms" / "assets" / "tiny"
 
 
@@ -35,29 +32,12 @@ def checkpoint(path: Path, modules: dict[str, dict[str, torch.Tensor]]) -> None:
     print(f"{path}: written")
 
 
-def keep(work: Path, path: Path) -> None:
-    states = {stage: torch.load(work / f"{stage}.pt", weights_only=True) for stage in PARTS if (work / f"{stage}.pt").exists()}
-    tensors = {
-        f"{part}/{key}": (value.half() if value.is_floating_point() else value).clone()
-        for stage, state in states.items()
-        for part in PARTS[stage]
-        for key, value in state["ema"][part].items()
-    }
-    steps = {stage: str(state["step"]) for stage, state in states.items()}
-    save_file(tensors, path, steps)
-    print(f"{path}: written, at steps {steps}")
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--bundle", type=Path, default=BUNDLE)
     p.add_argument("--work", required=True, type=Path, help="folder for the checkpoints")
-    p.add_argument("--take", type=Path, help="take the weights in this file in place of the bundle's")
-    p.add_argument("--keep", type=Path, help="write the checkpoints' averaged weights to this file, and do nothing else")
+    p.add_argument("--teacher", type=Path, default=HERE / "teacher.safetensors", help="weights of the UNet before distillation")
     args = p.parse_args()
-    if args.keep:
-        keep(args.work, args.keep)
-        return
     work, pipeline = args.work, args.bundle / "pipeline"
     (work / "tokenizer").mkdir(parents=True, exist_ok=True)
     model = json.loads((pipeline / "tokenizer" / "tokenizer.json").read_text())["model"]
@@ -71,11 +51,7 @@ def main() -> None:
     (work / "latent_scale.txt").write_text(repr(scale))
 
     checkpoint(work / "vae.pt", {"vae": load_file(pipeline / "vae" / "diffusion_pytorch_model.safetensors")})
-    taken: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in (load_file(args.take) if args.take else {}).items():
-        part, _, key = name.partition("/")
-        taken.setdefault(part, {})[key] = value
-    unet = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    student = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     text = load_file(pipeline / "text_encoder" / "model.safetensors")
     clip = load_file(args.bundle / "clip" / "model.safetensors")
     if added := extend(work / "tokenizer", PLACES):  # words that came later than the bundle, yet to be learnt
@@ -83,11 +59,12 @@ def main() -> None:
             name = next(key for key in state if key.endswith("token_embedding.weight"))
             weight = state[name].float()
             state[name] = torch.cat([weight, weight.mean(0, keepdim=True).expand(added, -1)])
-    checkpoint(work / "unet.pt", {"unet": taken.get("unet", unet), "text_encoder": taken.get("text_encoder", text)})
-    checkpoint(work / "clip.pt", {"clip": taken.get("clip", clip)})
+    checkpoint(work / "unet.pt", {"unet": load_file(args.teacher), "text_encoder": text})
+    checkpoint(work / "distil.pt", {"unet": student})
+    checkpoint(work / "clip.pt", {"clip": clip})
     # Weights that are tied are stored once: a model with these weights knows them all.
     blip = captioner_stage.BlipForConditionalGeneration.from_pretrained(args.bundle / "captioner", dtype=torch.float32)
-    checkpoint(work / "captioner.pt", {"captioner": taken.get("captioner", blip.state_dict())})
+    checkpoint(work / "captioner.pt", {"captioner": blip.state_dict()})
     if (HERE / "judge.safetensors").exists():
         checkpoint(work / "judge.pt", {"model": load_file(HERE / "judge.safetensors")})
 

@@ -59,7 +59,7 @@ def scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True,
         prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1,
-        clip_sample=False, set_alpha_to_one=False,
+        clip_sample=False, set_alpha_to_one=True,
     )  # fmt: skip
 
 
