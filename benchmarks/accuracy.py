@@ -15,8 +15,8 @@ goes on. ``OUT/summary.md`` and ``OUT/summary.png`` have means, 95 % intervals, 
 ``OUT/views.csv`` says how many variants keep their label, and how much they differ, beside RandAugment's pictures.
 
 Methods: none autoaugment randaugment trivialaugment augmix randomerasing mixup cutmix real-guidance sgid, sgid+CLASSIC, and
-sgid with options: sgid:k=4,p=0.3,strength=0.2-0.5,prompt=label|caption|both,guidance=similarity|reverse|fixed|3-5,
-filter=none|argmax|0.8. Groups: classic generated combined ablations.
+sgid with options: sgid:k=4,p=0.3,strength=0.2-0.5,prompt=label|caption|both,context=own|class|dataset,
+guidance=similarity|reverse|fixed|3-5,filter=none|argmax|0.8. Groups: classic generated combined ablations.
 """
 
 from __future__ import annotations
@@ -233,14 +233,14 @@ def judge_run(experiment: Experiment, run: Run) -> dict[str, Any] | None:
     task = task_of(experiment.data, experiment.root, experiment.download)
     indices = choose(task.train.labels, run.n, run.seed)
     subset, recipe = subset_of(experiment, run, task.train, indices), recipe_of(experiment, run)
-    sgid, address = subset.augment(recipe, p=1.0, k=run.method.variants.k), Address(recipe)
+    sgid, address = subset.augment(recipe, p=1.0, k=run.method.variants.k), Address(recipe, subset.captions)
     originals, labels, variants = [], [], []
     each = min(run.method.variants.k, 4)
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(run.seed)).tolist()
     for index in order:
         image, label = subset.images[index]
-        place = address.key(subset.captions.get(sgid.key_of(image)))
-        found = [subset.variants.get_image(recipe, place, number) for number in range(run.method.variants.k)]
+        record, numbers = subset.captions.get(sgid.key_of(image)), range(run.method.variants.k)
+        found = [subset.variants.get_image(recipe, address.key(record, number), number) for number in numbers]
         made = [picture for picture in found if picture is not None]
         if len(made) >= each and len(originals) < experiment.judged:  # of rejected ones there is nothing to judge
             originals.append(image)

@@ -233,6 +233,7 @@ def recipe_of(configuration: Configuration, args: argparse.Namespace) -> Recipe:
         num_inference_steps=configuration.steps,
         resolution=configuration.resolution,
         filters=Filters(label_check="threshold", label_threshold=0.0, reject_nsfw=False, max_retries=0),
+        caption_from="own",
         **({"sampler": args.sampler} if args.sampler else {}),
     )
 

@@ -73,11 +73,13 @@ def compare(folder: Path, picture: str, size: int, image_format: str = "auto", r
     image = PICTURES[picture](size)
     recipe = replace(Recipe.for_model("tiny"), image_format=image_format)
     store, captions = VariantStore(folder / "variants", fsync=False), CaptionStore(folder / "captions.sqlite")
-    record = CaptionRecord(image_key(image), "a caption of some words", label="frog", rank=0.5, scorer="tiny")
+    record = CaptionRecord(
+        image_key(image), "a caption of some words", label="frog", rank=0.5, scorer="tiny", context="some words"
+    )
     captions.put(record)
-    place = Address(recipe).key(record)
+    address = Address(recipe, captions)
     for variant in range(VARIANTS):
-        store.put(recipe, place, variant, v2.functional.pil_to_tensor(image), PROVENANCE)
+        store.put(recipe, address.key(record, variant), variant, v2.functional.pil_to_tensor(image), PROVENANCE)
     sgid = SGIDAugment(
         recipe=recipe,
         captions=captions,

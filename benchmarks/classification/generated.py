@@ -77,15 +77,15 @@ class Subset:
         """
         sgid = self.augment(recipe, p=1.0, k=k)
         sgid.prepare(self.images, progress=progress)
-        address = Address(recipe)
+        address = Address(recipe, self.captions)
         wanted: list[Wanted] = []
         rejected = 0
         for index in range(len(self.images)):
             image, label = self.images[index]
             key = sgid.key_of(image)
             record = self.captions.get(key)
-            place = None if record is None else address.key(record)
             for number in range(k):
+                place = None if record is None else address.key(record, number)
                 if place is not None and self.variants.contains(recipe, place, number):
                     continue
                 if place is not None and self.variants.failure(recipe, place, number) is not None:

@@ -53,6 +53,7 @@ class Variants:
         strength: range from which each variant's is drawn.
         prompt: what the prompt says: ``both``, ``label`` or ``caption``.
         direction: ``similarity`` (rises with it), ``reverse`` (falls) or ``fixed`` (the middle of both for all images).
+        context: whose caption the prompt has: ``own``, ``class`` or ``dataset``; ``None``: as the model's preset has it.
         filter: ``none``; ``argmax``: CLIP must recognise the label; or a number: CLIP's least probability of the label.
         k: variants per image.
         p: probability that an image is replaced.
@@ -62,6 +63,7 @@ class Variants:
     strength: tuple[float, float]
     prompt: str = "both"
     direction: str = "similarity"
+    context: str | None = None
     filter: str = "argmax"
     k: int = 20
     p: float = 0.8
@@ -85,6 +87,7 @@ class Variants:
         return Recipe.for_model(
             model,
             prompt=PROMPTS[self.prompt],
+            caption_from=self.context,
             guidance=guidance,
             strength=self.strength,
             filters=_filters(self.filter),
@@ -222,6 +225,7 @@ def _probability(text: str) -> float:
 _OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
     "prompt": lambda text: {"prompt": _one_of(*PROMPTS)(text)},
     "guidance": _guidance,
+    "context": lambda text: {"context": _one_of("own", "class", "dataset")(text)},
     "strength": lambda text: {"strength": _range(text)},
     "filter": lambda text: {"filter": filter_name(text)},
     "k": lambda text: {"k": _count(text)},
