@@ -1,8 +1,8 @@
 """Label- and caption-guided diffusion augmentation as a torchvision-style transform.
 
 The method is SGID: "Semantic-Guided Generative Image Augmentation Method with Diffusion Models for Image Classification"
-(Li et al., AAAI 2024, https://arxiv.org/abs/2302.02070). Names are imported when they are first used, and diffusers and
-transformers only when a model is needed: importing this package costs next to nothing in a loader's worker.
+(Li et al., AAAI 2024, https://arxiv.org/abs/2302.02070). Names are imported on first use, and diffusers and
+transformers only when a model is needed, so importing this package in a loader's worker costs next to nothing.
 """
 
 from importlib import import_module

@@ -64,15 +64,26 @@ def test_the_model_card_states_the_figures_that_were_measured_on_these_weights()
     card = (TINY / "README.md").read_text()
     assert f"{metrics['vae']['psnr']:.2f} dB" in card
     assert f"{100 * metrics['clip']['zero_shot']:.1f} %" in card
-    for strength in ("0.3", "0.5", "0.7"):
-        assert f"{100 * metrics[f'variants_{strength}']['relative']:.1f} %" in card
+    for text in ("label", "own", "travelling"):
+        for strength in ("0.3", "0.5", "0.7", "0.9", "1"):
+            assert f"{100 * metrics[f'{text}_{strength}']['relative']:.1f} %" in card
 
 
-def test_a_strength_means_on_16x16_latents_what_it_means_for_stable_diffusion_on_64x64():
-    config = json.loads((TINY / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
-    kept = 1.0
-    for beta in config["trained_betas"][:700]:
-        kept *= 1 - beta
-    # Stable Diffusion's sigma at t = 700 is 3.3 (scaled-linear betas 0.00085 to 0.012).
-    assert ((1 - kept) / kept) ** 0.5 == pytest.approx(3.3 / 4, rel=0.02)
-    assert config["prediction_type"] == "v_prediction"
+def test_the_noise_schedule_is_stable_diffusions_and_ends_in_pure_noise():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_pretrained(TINY / "pipeline" / "scheduler", local_files_only=True)
+    kept = scheduler.alphas_cumprod
+    assert kept[-1] == 0
+    assert scheduler.config.prediction_type == "v_prediction"
+    # Stable Diffusion's own signal-to-noise ratio, where the rescaling to zero at the end hardly shows.
+    plain = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+    assert (kept[:400] - plain[:400]).abs().max() < 0.04
+
+
+def test_variants_keep_their_label_and_listen_to_a_context_of_another_image():
+    metrics = json.loads((TINY / "metrics.json").read_text())
+    assert metrics["travelling_1"]["background"] >= 0.6, "colours named in the prompt appear"
+    assert metrics["travelling_0.5"]["pixel_difference"] > 0.05
+    for strength in ("0.9", "1"):
+        assert metrics[f"travelling_{strength}"]["relative"] >= 0.97, "and the label is kept"

@@ -116,7 +116,7 @@ def test_human_captions_survive_an_import(tmp_path, store):
         ('{"file_name": "x.png", "text": "x", "key": "k", "source": "robot"}', "source 'robot'"),
         ('{"file_name": "../secret.png", "text": "x"}', "leads out of"),
         ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of"),
-        ('{"file_name": "a\\u0000b", "text": "x"}', "is no path"),
+        ('{"file_name": "a\\u0000b", "text": "x"}', "is not a path"),
         ('{"file_name": "missing.png", "text": "x"}', "cannot be read"),
         ("[" * 100_000, "line 2"),
     ],

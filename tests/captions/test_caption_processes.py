@@ -328,7 +328,7 @@ def test_read_only_media(tmp_path, state):
         assert "opened with readonly=True" in out
         assert "is write-protected or on read-only media" in out
     else:
-        assert out.count("has changes in its -wal file that read-only media hide") == 2
+        assert out.count("has changes in its -wal file that cannot be read here") == 2
 
 
 def test_where_no_shared_memory_can_be_made_the_file_is_read_as_immutable(tmp_path, monkeypatch):

@@ -216,7 +216,7 @@ def test_the_note_names_what_is_strange_and_nothing_else():
     assert "'sofa' and 1 more" in tiny_note(["tabby", "sofa", "cat"], [])
     large = tiny_note(["cat"], [(32, 32), (400, 600)])
     assert "up to 600 x 400 pixels" in large
-    assert "and here are images" in large
+    assert "but your data has images" in large
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_ctrl_c_says_what_it_does_and_how_to_go_on(tmp_path):
     os.kill(run.process.pid, signal.SIGINT)
     assert run.end() == 130
     output = (tmp_path / "output.txt").read_text()
-    assert "stopping after the batch in work" in output
+    assert "stopping after the current batch" in output
     assert "run the command again" in output
     assert "Traceback" not in output
 

@@ -149,7 +149,7 @@ MISTAKES = [
     ("a preview without a label", nothing, "preview data/cat/0.png", "--label"),
     ("strengths in words", nothing, "preview data/cat/0.png --label cat --strengths low,high", "a list of 1 to 16 numbers"),
     ("a strength above 1", nothing, "preview data/cat/0.png --label cat --strengths 0.5,1.5", "1.5"),
-    ("a preview without an ending", nothing, "preview data/cat/0.png --label cat --out sheet", "does not end as an image file"),
+    ("a preview without an ending", nothing, "preview data/cat/0.png --label cat --out sheet", "has no image file ending"),
     ("a store that is not there", nothing, "verify", "no variant store"),
     ("prune without --keep", real_store, "prune", "--keep"),
     ("prune with a recipe that the store does not have", real_store, "prune --keep tiny --yes", "has no variants of it"),

@@ -96,7 +96,7 @@ def test_accelerators_of_other_packages_are_devices(monkeypatch: pytest.MonkeyPa
     backend = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
     monkeypatch.setattr(torch, "hpu", backend, raising=False)
     assert check_device("hpu:0") == torch.device("hpu:0")
-    with pytest.raises(ModelLoadError, match="'hpu:1' is not among the 1 devices"):
+    with pytest.raises(ModelLoadError, match="there is no device 'hpu:1'; PyTorch sees 1 of this kind"):
         check_device("hpu:1")
     backend.is_available = lambda: False
     with pytest.raises(ModelLoadError, match="sees no HPU device"):
@@ -263,15 +263,15 @@ def no_class(folder: Path) -> None:
         (name_a_list, r"^.*model_index.json is not a JSON object; copy the checkpoint again$"),
         (
             custom_pipeline,
-            r"^.*broken is a custom pipeline \(MyPipeline\), whose own code would have to be run",
+            r"^.*broken is a custom pipeline \(MyPipeline\), and custom code is never run; choose a",
         ),
-        (custom_component, r"^.*broken asks to run code of its own \(unet/my_unet.py\), which is never run$"),
+        (custom_component, r"^.*broken needs custom code \(unet/my_unet.py\), which is never run$"),
         (unconditional, r"^.*broken is a DDPMPipeline, which diffusers' AutoPipelineForImage2Image does not know; choose an"),
         (flux_fill, r"^.*broken is a FluxFillPipeline, which diffusers' AutoPipelineForImage2Image does not know; choose an"),
         (inpainting, r"^.*broken is an inpainting checkpoint \(its UNet reads 9 channels and writes 4\); choose an image-to-"),
         (reads(9), r"^.*broken is an inpainting checkpoint \(its UNet reads 9 channels and writes 4\); choose an image-to-"),
         (reads(8), r"^.*broken is an InstructPix2Pix checkpoint \(its UNet reads 8 channels and writes 4\); choose an"),
-        (reads(5), r"^.*broken is no image-to-image checkpoint \(its UNet reads 5 channels and writes 4\); choose an"),
+        (reads(5), r"^.*broken is not an image-to-image checkpoint \(its UNet reads 5 channels and writes 4\); choose an"),
         (layered, r"^.*broken is a QwenImageLayeredPipeline, which is not supported: it splits an image into transparent"),
         (no_class, r"^.*broken names no pipeline class in its model_index.json; give a folder made by save_pretrained$"),
     ],
@@ -352,7 +352,7 @@ def hub_error(kind: str) -> Exception:
     [
         (
             "GatedRepoError",
-            r"^a/b asks for agreement to its licence first; accept it on the hub and",
+            r"^a/b requires agreement to its licence first; accept it on the hub and",
         ),
         ("RevisionNotFoundError", r"^a/b has no such revision; give an existing branch, tag or commit$"),
         (

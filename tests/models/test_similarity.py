@@ -138,7 +138,7 @@ def test_ids() -> None:
 
 
 def test_what_is_no_clip(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"has no config.json, so it is no CLIP model; give a folder made by"):
+    with pytest.raises(ModelLoadError, match=r"has no config.json, so it is not a CLIP model; give a folder made by"):
         CLIPScorer(str(tmp_path)).load()
     tiny_text.t5_text_encoder().save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match=r"is a t5 model, not a CLIP; choose one such as openai/clip-vit-base-patch32$"):

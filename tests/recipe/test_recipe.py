@@ -176,7 +176,7 @@ class TestValidation:
             ({"strength": float("nan")}, "strength nan is outside"),
             ({"strength": (0.7, 0.3)}, r"strength \(0.7, 0.3\) has its ends swapped; write \(0.3, 0.7\)"),
             ({"strength": (0.1, 0.2, 0.3)}, "must be a pair"),
-            ({"guidance": -1}, "guidance -1.0 is outside the finite numbers from 0 up"),
+            ({"guidance": -1}, "guidance -1.0 is outside the finite numbers >= 0"),
             ({"guidance": float("inf")}, "guidance inf is outside"),
             ({"guidance": 10**400}, "guidance inf is outside"),
             ({"guidance": True}, "guidance is True; it must be a number"),

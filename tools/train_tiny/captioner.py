@@ -100,7 +100,7 @@ def main() -> None:
     model = BlipForConditionalGeneration(config(tokenizer))
     start_from_clip(model.vision_model, averaged(args.work, "clip")["clip"])
     start_token = tokenizer.convert_tokens_to_ids("[DEC]")
-    lengths = {label: len(tokenizer(label).input_ids) - 1 for label in labels}
+    lengths = {label: len(tokenizer(label.removesuffix(", ")).input_ids) - 1 for label in labels}
 
     def loss(step: int, g: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(data), (args.batch_size,), generator=g)

@@ -81,7 +81,7 @@ class Address:
             if not rows:
                 raise MissingCaptionError(
                     f"caption_from={self.recipe.caption_from!r} takes its captions from the contexts of other images, and "
-                    f"{self._captions.path} has none; call sgid.prepare(dataset) (or `sgid prepare`) first"
+                    f"{self._captions.path} has none; call sgid.prepare(dataset) (or `sgid caption`) first"
                 )
             labels = {row[1] for row in rows if row[1] is not None}
             self._lenders = {name: _Lenders([row for row in rows if row[1] == name]) for name in labels}

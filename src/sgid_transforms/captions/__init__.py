@@ -1,4 +1,4 @@
-"""What is in an image: captions, labels and similarities by image key."""
+"""The caption store: caption, label and similarity of each image, by image key."""
 
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionsReport, CaptionStore

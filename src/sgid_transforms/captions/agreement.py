@@ -10,7 +10,7 @@ from typing import Any
 from sgid_transforms.captions.record import CaptionRecord
 
 LENDERS = 2000
-"""So many images of a data set lend their contexts, at least 100 of each class: a process keeps them in memory."""
+"""How many images of a data set lend their contexts, but at least 100 of each class. Processes keep them in memory."""
 
 _WORD = re.compile(r"\w+")
 
@@ -20,31 +20,31 @@ class ClassWords:
 
     Args:
         classes: Names of the classes, in words.
-        synonyms: Further names, and the class of each; class numbers are no names.
+        synonyms: Further names, mapped to their class; class numbers are ignored.
     """
 
     def __init__(self, classes: Iterable[str], synonyms: Mapping[Any, str] | None = None) -> None:
         named = {name: name for name in classes}
         given = {str(name).replace("_", " "): words for name, words in (synonyms or {}).items() if not str(name).isdecimal()}
         self._classes = {_spelt(name): words for name, words in (given | named).items() if _spelt(name)}
-        # The longest first, so that "sea lion" is not a lion.
+        # Longest first, so that "sea lion" does not count as a lion.
         names = sorted(self._classes, key=len, reverse=True)
         either = "|".join(r"\W+".join(map(re.escape, name.split(" "))) for name in names)
         self._pattern = re.compile(rf"(?<!\w)({either})(?:s|es)?(?!\w)", re.IGNORECASE) if names else None
 
     def named(self, text: str) -> set[str]:
-        """The classes that ``text`` names; in any case, and in the plural as well."""
+        """The classes that ``text`` names, in any case, singular or plural."""
         found = self._pattern.finditer(text) if self._pattern else ()
         return {self._classes[_spelt(match[1])] for match in found}
 
     def contradict(self, record: CaptionRecord) -> bool:
-        """Whether a record's caption names another class, and not its own."""
+        """Whether a record's caption names another class but not its own."""
         named = self.named(record.caption) if record.label else set()
         return bool(named) and record.label not in named
 
 
 def checked(records: Iterable[CaptionRecord], words: ClassWords) -> Iterator[CaptionRecord]:
-    """The records whose ``contradiction`` is to be changed, as they should be; what the scorer said stays."""
+    """The records whose ``contradiction`` must change, corrected; the scorer's verdict is kept."""
     for record in records:
         said = ["words"] if words.contradict(record) else []
         if "scorer" in (record.contradiction or ""):
@@ -54,9 +54,9 @@ def checked(records: Iterable[CaptionRecord], words: ClassWords) -> Iterator[Cap
 
 
 def lenders(records: Iterable[CaptionRecord], context: Callable[[CaptionRecord], str]) -> dict[str, str]:
-    """Key -> context of those images that lend theirs: all of a small data set, of a large one an even share of each class.
+    """Key -> context of the images that lend theirs: all of a small data set, or an even share of each class of a large one.
 
-    A context may be empty, as that of "a dog" is: the variant that borrows it is made after its label alone.
+    A context may be empty, like that of "a dog": a variant that borrows it is made from its label alone.
     """
     by_class: dict[str | None, list[tuple[bytes, str, str]]] = {}
     for record in records:
@@ -68,7 +68,7 @@ def lenders(records: Iterable[CaptionRecord], context: Callable[[CaptionRecord],
 
 
 def place(key: str) -> bytes:
-    """Where a record stands among those that lend: 8 bytes, evenly spread whatever the keys look like."""
+    """A record's place in the order of lenders: 8 bytes, evenly spread for any kind of keys."""
     return hashlib.sha256(key.encode()).digest()[:8]
 
 

@@ -31,7 +31,7 @@ _ADDED = {
 }
 """Columns by the version of the schema that added them; a later version must add one."""
 
-# A row with the digest FOREIGN is taken as it is: another program wrote it.
+# Rows with the digest FOREIGN are accepted unchecked: another program wrote them.
 _MARK = f"UPDATE captions SET digest = {FOREIGN} WHERE key = NEW.key"
 _TRIGGERS = {
     name: f"CREATE TRIGGER {name} AFTER {event} ON captions BEGIN {_MARK}; END"
@@ -43,7 +43,7 @@ _CHUNK = 500  # well below SQLite's oldest limit of 999 parameters
 _BUSY_SECONDS = 30.0
 _CACHE_KIB = 16384
 _MAGIC = b"SQLite format 3\0"
-_SALVAGE_DEPTH = 4  # leading hexadecimal digits of a key whose rows are given up together
+_SALVAGE_DEPTH = 4  # unreadable rows are given up in groups whose keys share so many leading hexadecimal digits
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs"} | {
     f"fuse.{name}" for name in ("glusterfs", "sshfs", "s3fs", "ceph")
 }
@@ -52,20 +52,20 @@ _HINTS = (
     ("locked", f"another process has been writing for {_BUSY_SECONDS:.0f} s"),
     ("full", "free some space"),
     ("readonly", "write to a copy of it"),
-    ("not a database", "it is no SQLite file: choose another path"),
+    ("not a database", "this is not a SQLite file, so choose another path"),
     ("malformed", "it is damaged: save what can be read with `sgid verify --captions FILE --repair`"),
 )
 
 
-# SQLite's locks must not be carried over a fork: a child would find its own file locked for ever, or lose what it writes when
-# its parent closes. So a fork waits for the statement that is just running, and closes the files before it happens.
+# SQLite's locks must not be carried over a fork: a child would find its own file locked forever, or lose its writes when its
+# parent closes. So a fork first waits for the running statement, and then closes the files.
 _gate = threading.RLock()
-_depth = 0  # of the thread that holds the gate
+_depth = 0  # how often the thread that holds the gate has entered it
 _fork = threading.local()  # whether the thread that forks holds the gate
 _databases: "weakref.WeakSet[Database]" = weakref.WeakSet()
 
-# Connections that were in use by the very thread that forked. SQLite forbids to use or close them in the child, and they close
-# when they are collected, so they must live as long as the process.
+# Connections that the forking thread itself was using. SQLite forbids using or closing them in the child. Garbage collection
+# would close them, so they must live as long as the process.
 _inherited: list[sqlite3.Connection] = []
 
 
@@ -124,19 +124,19 @@ class Database:
     """Connections to one file: opened at first use, one for each process and thread.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         readonly: Never write; a missing file is an error.
     """
 
     def __init__(self, path: Path, *, readonly: bool) -> None:
         self.path = path
         self.readonly = readonly
-        self._local = threading.local()  # drops, and thereby closes, the handle of a thread that ends
+        self._local = threading.local()  # closes the handle of a thread when it ends
         self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
         _databases.add(self)
 
     def one(self, statement: str, parameters: tuple[object, ...]) -> Any:
-        """The first row that a statement gives: as `reading`, and quicker, for every hit of the transform comes here."""
+        """The first row of a result. Does the same as `reading`, but faster, because every hit of the transform comes here."""
         global _depth
         with _gate:
             _depth += 1
@@ -161,8 +161,8 @@ class Database:
         """One transaction: committed at the end, rolled back by any exception.
 
         Args:
-            keys: Whose rows are to change; None: any. Damaged ones are moved to the table ``damaged`` first, so that nothing
-                builds on them, and all get their digests at the end.
+            keys: Keys of the rows that may change; None: any. Damaged rows are first moved to the table ``damaged``, so that
+                nothing builds on them. Changed rows get their digests at the end.
         """
         with _in_use():
             try:
@@ -178,7 +178,7 @@ class Database:
                 raise self._failed("write", error) from error
 
     def problem(self) -> str | None:
-        """What SQLite, or the schema, says against the file; None: it is whole."""
+        """What SQLite or the schema check finds wrong with the file; None: nothing."""
         if not self.path.exists():
             raise StoreError(f"there is no caption store at {self.path}; check the path")
         try:
@@ -191,9 +191,9 @@ class Database:
         return None if found == "ok" else found.splitlines()[-1]
 
     def readable(self) -> dict[str, tuple[Any, ...]]:
-        """The rows by key, with their digests, around whatever part of the file cannot be read.
+        """All readable rows by key, with their digests; unreadable parts of the file are skipped.
 
-        It reads a copy, whose header and schema are put right first, and leaves the file alone.
+        Reads a copy, after repairing its header and schema. The file itself is not changed.
         """
         rows: dict[str, tuple[Any, ...]] = {}
 
@@ -223,7 +223,7 @@ class Database:
             connection = sqlite3.connect(copy, isolation_level=None)
             connection.text_factory = _decoded
             try:
-                connection.execute("PRAGMA writable_schema=ON")  # bears a damaged schema and a file that was cut
+                connection.execute("PRAGMA writable_schema=ON")  # tolerates a damaged schema and a truncated file
                 if not read(connection, "ORDER BY key") and not read(connection, "ORDER BY key DESC"):
                     for digit in "0123456789abcdef":
                         read_between(connection, digit)
@@ -253,7 +253,7 @@ class Database:
         if self.readonly or (self.path.exists() and not _is_writable(self.path)):
             if not self.path.exists():
                 raise StoreError(f"there is no caption store at {self.path}; check the path, or open it without readonly=True")
-            # A write-ahead log needs shared memory beside the file. Where none can be made, nobody can be writing either.
+            # A write-ahead log needs shared memory beside the file. Where none can be created, nobody can be writing either.
             try:
                 return self._connect("mode=ro", writable=False)
             except sqlite3.OperationalError:
@@ -263,12 +263,12 @@ class Database:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"the folder of the caption store {self.path} cannot be made: {error.strerror}") from error
+            raise StoreError(f"the folder of the caption store {self.path} cannot be created: {error.strerror}") from error
         return self._connect("mode=rwc", writable=True)
 
     def _connect(self, mode: str, *, writable: bool) -> _Handle:
         location = f"file:{quote(os.fsencode(self.path.absolute()))}?{mode}"
-        # Threads do not share connections; the check would only keep close() from closing those of other threads.
+        # Threads do not share connections. The check would only stop close() from closing those of other threads.
         connection = sqlite3.connect(
             location, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
         )
@@ -276,7 +276,7 @@ class Database:
         try:
             version = self._version(connection)
             if writable:
-                connection.execute("PRAGMA synchronous=FULL")  # a completed write outlives a power cut, too
+                connection.execute("PRAGMA synchronous=FULL")  # a completed write also survives a power cut
                 if version < _VERSION:
                     self._create_or_upgrade(connection)
             elif version == 0:
@@ -291,9 +291,9 @@ class Database:
         return _Handle(connection, writable=writable)
 
     def _version(self, connection: sqlite3.Connection) -> int:
-        """The version of the file's schema, 0 for an empty file; ``StoreError`` for a file that is none of ours.
+        """The version of the file's schema, 0 for an empty file; ``StoreError`` if it is not a caption store.
 
-        Its columns say it. The header's numbers are for other programs: one flipped bit there must not close the whole store.
+        The columns decide. The header's numbers are for other programs: one flipped bit there must not close the whole store.
         """
         columns = {row[1] for row in connection.execute("PRAGMA main.table_info(captions)")}
         if not columns and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -307,10 +307,10 @@ class Database:
 
     def _create_or_upgrade(self, connection: sqlite3.Connection) -> None:
         if not self._version(connection) and not _is_on_network(self.path):  # no logs there: https://sqlite.org/wal.html
-            with contextlib.suppress(sqlite3.OperationalError):  # another process is just doing the same
+            with contextlib.suppress(sqlite3.OperationalError):  # another process is doing the same
                 connection.execute("PRAGMA journal_mode=WAL")
         with _transaction(connection):
-            version = self._version(connection)  # asked again, now that nobody else can be changing it
+            version = self._version(connection)  # checked again, now that nobody else can change it
             if version < _VERSION:
                 alter = [f"ALTER TABLE captions ADD COLUMN {name} {kind}" for name, kind in _added_since(version).items()]
                 for statement in alter if version else (_SCHEMA, f"PRAGMA application_id={_APPLICATION_ID}"):
@@ -322,7 +322,7 @@ class Database:
                     connection.execute(f"UPDATE captions SET digest = {FOREIGN}")
                     _seal(connection, None)
                     connection.execute("CREATE TABLE damaged AS SELECT * FROM captions WHERE FALSE")
-                else:  # the digests of version 3 hold
+                else:  # digests of version 3 stay valid
                     for name, kind in _added_since(version).items():
                         connection.execute(f"ALTER TABLE damaged ADD COLUMN {name} {kind}")
                 connection.execute(f"PRAGMA user_version={_VERSION}")
@@ -338,7 +338,7 @@ def _added_since(version: int) -> dict[str, str]:
 
 
 def _repair_schema(path: Path) -> None:
-    """Write the table's definition anew, where it is not as it should be; its rows lie in the second page."""
+    """Rewrite the table's definition if it is damaged; the table starts at the second page."""
     connection = sqlite3.connect(path, isolation_level=None)
     try:
         connection.execute("PRAGMA writable_schema=ON")
@@ -381,13 +381,13 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         yield
         connection.execute("COMMIT")
     except BaseException:
-        if connection.in_transaction:  # after some errors SQLite has rolled back already
+        if connection.in_transaction:  # after some errors, SQLite has already rolled back
             connection.execute("ROLLBACK")
         raise
 
 
 def _decoded(data: bytes) -> str:
-    return data.decode("utf-8", "replace")  # a damaged letter must not make other records unreadable
+    return data.decode("utf-8", "replace")  # a damaged character must not make other records unreadable
 
 
 def _is_writable(path: Path) -> bool:
@@ -395,7 +395,7 @@ def _is_writable(path: Path) -> bool:
 
 
 def _can_be_immutable(path: Path) -> bool:
-    """Whether the file alone holds everything, and nobody can be changing it."""
+    """Whether the file alone holds everything, and nobody can change it."""
     if os.access(path.parent, os.W_OK):
         return False
     try:
@@ -403,12 +403,12 @@ def _can_be_immutable(path: Path) -> bool:
     except OSError:
         log_size = 0
     if log_size:
-        raise StoreError(f"{path} has changes in its -wal file that read-only media hide; open it once where it can be written")
+        raise StoreError(f"{path} has changes in its -wal file that cannot be read here; open it once where it can be written")
     return True
 
 
 def _is_on_network(path: Path) -> bool:
-    """Whether Linux says that the file lies on a network file system; elsewhere the answer is no."""
+    """Whether Linux says that the file is on a network file system; always False on other systems."""
     try:
         mounts = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Captions in the formats of others: Hugging Face's ImageFolder ``metadata.jsonl``, and Parquet."""
+"""Captions in other formats: Hugging Face's ImageFolder ``metadata.jsonl``, and Parquet."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _OWN_FIELDS = ("key", "label", "similarity", "rank", "captioner", "source", "con
 
 
 def write_jsonl(records: Iterable[CaptionRecord], path: Path) -> int:
-    """One JSON object a line: ``file_name``, ``text``, then our own fields where they are known.
+    """Write one JSON object per line: ``file_name``, ``text``, then our own fields where they are known.
 
     See https://huggingface.co/docs/datasets/image_dataset#imagefolder for the format. ASCII escapes keep any text on its line.
     """
@@ -32,7 +32,7 @@ def write_jsonl(records: Iterable[CaptionRecord], path: Path) -> int:
 
 
 def read_jsonl(path: Path, key: Callable[[Path], str] | None) -> list[CaptionRecord]:
-    """The records of a ``metadata.jsonl``; a blank line is none."""
+    """The records of a ``metadata.jsonl``; blank lines are skipped."""
     try:
         lines = path.read_text("utf-8", "replace").split("\n")
     except OSError as error:
@@ -48,9 +48,9 @@ def read_jsonl(path: Path, key: Callable[[Path], str] | None) -> list[CaptionRec
 
 
 def write_parquet(records: Iterable[CaptionRecord], path: Path) -> int:
-    """A table with one column per field of a record."""
+    """Write a table with one column per field of a record."""
     arrow, parquet = _arrow()
-    # to_row makes every text valid Unicode, which Parquet insists on; a path may still be bytes.
+    # to_row makes every text valid Unicode, which Parquet requires; a path may still be bytes.
     rows = [
         tuple(os.fsdecode(v).encode("utf-8", "replace").decode() if isinstance(v, bytes) else v for v in to_row(r))
         for r in records
@@ -64,7 +64,7 @@ def write_parquet(records: Iterable[CaptionRecord], path: Path) -> int:
 
 
 def read_parquet(path: Path) -> list[CaptionRecord]:
-    """The records of a Parquet file; columns that are none of a record's fields are left out."""
+    """The records of a Parquet file; columns that are not fields of a record are ignored."""
     arrow, parquet = _arrow()
     try:
         table = parquet.read_table(path)
@@ -74,7 +74,7 @@ def read_parquet(path: Path) -> list[CaptionRecord]:
         raise StoreError(f"could not read {path} as Parquet: {error}") from error
     lacking = sorted({"key", "caption"} - set(names))
     if lacking:
-        raise StoreError(f"{path} has no column {' and no column '.join(lacking)}; name its columns so")
+        raise StoreError(f"{path} has no column {' and no column '.join(lacking)}; rename its columns")
     records = []
     for number, row in enumerate(rows, 1):
         try:
@@ -90,7 +90,7 @@ def _from_json(line: str, folder: Path, key: Callable[[Path], str] | None) -> Ca
         raise StoreError("it is not a JSON object")
     for name in ("file_name", "text"):
         if not isinstance(values.get(name), str):
-            raise StoreError(f'it has no "{name}" of text')
+            raise StoreError(f'it has no "{name}" that is a string')
     file_name = values["file_name"]
     fields = {name: values.get(name) for name in _OWN_FIELDS}
     if fields["key"] is None:
@@ -100,7 +100,7 @@ def _from_json(line: str, folder: Path, key: Callable[[Path], str] | None) -> Ca
 
 
 def _record(fields: dict[str, Any]) -> CaptionRecord:
-    """A record of values from outside, checked so that a bad one is refused where it stands."""
+    """A record of values from outside, checked here so that an error can name its line or row."""
     known = {name: value for name, value in fields.items() if value is not None}
     record = CaptionRecord(**({"key": None, "caption": None, "source": "import"} | known))
     to_row(record)
@@ -118,9 +118,9 @@ def _key_of_file(path: Path) -> str:
 
 
 def _inside(folder: Path, file_name: str) -> Path:
-    """The image of a line, refused when it lies outside of the folder that the file describes."""
+    """The image of a line, refused if it lies outside the folder that the file describes."""
     if "\0" in file_name or len(file_name) > MAX_TEXT:
-        raise StoreError(f"file_name {file_name!r:.80} is no path")
+        raise StoreError(f"file_name {file_name!r:.80} is not a path")
     path = folder / file_name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise StoreError(f"file_name {file_name!r:.200} leads out of {folder}; give a path below it, or a key")
@@ -136,11 +136,11 @@ def _relative(path: str, folder: Path) -> str:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """As ``replacing``; what goes wrong is a ``StoreError``."""
+    """Like ``replacing``, but errors become ``StoreError``."""
     try:
         with replacing(path) as temporary:
             yield temporary
-    except StoreError:  # of the store that is read meanwhile
+    except StoreError:  # from the store that is being read
         raise
     except OSError as error:
         raise StoreError(f"could not write {path}: {error.strerror or error}; check its folder") from error

@@ -1,4 +1,4 @@
-"""Captions and similarities for a whole data set, once; what is there already, and still holds, is kept."""
+"""Captions and similarities for a whole data set. Existing results that still apply are kept."""
 
 import contextlib
 import functools
@@ -35,7 +35,7 @@ from sgid_transforms.recipe.prompts import build_prompt, context_of, parse_templ
 _log = logging.getLogger("sgid_transforms")
 
 _LOCK_PAUSE = 0.05  # seconds until the next try
-_PIXELS = 2**25  # most pixels of pictures that wait in memory for their batch
+_PIXELS = 2**25  # the most pixels of pictures waiting in memory for their batch
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class PrepareReport:
         images: Items of the data set.
         captioned: Distinct images that were captioned.
         scored: Distinct images whose similarity was computed.
-        known: Items about which everything was known.
+        known: Items that were already complete.
         failed: Index and reason of each item that could not be read.
-        changed: How many images were done again, by what had changed: ``captioner``, ``scorer``, ``label``, ``prompt``.
+        changed: How many images were redone, by what had changed: ``captioner``, ``scorer``, ``label``, ``prompt``.
         contradictions: Images in the store whose caption contradicts their label; counted where there was something to do.
     """
 
@@ -69,7 +69,7 @@ class Describer:
         captioner: Id of the captioner, or an object with ``caption(images)``; for a mode other than ``"free"``, with
             ``caption(images, labels)``.
         scorer: Id of the CLIP model, or an object with ``image_text(images, texts)``; None: no scores.
-        device: Where both run, if they are loaded here.
+        device: Where models given by id run.
         batch_size: Images per forward pass.
         mode: The recipe's ``caption_mode``.
 
@@ -94,11 +94,11 @@ class Describer:
 
     @property
     def identity(self) -> str:
-        """What decides a record beside its image."""
+        """Everything but the image that decides a record."""
         return repr((self.template, self.name, self.scorer_name))
 
     def caption(self, images: Sequence[torch.Tensor], labels: Sequence[str | None]) -> list[str]:
-        """One caption per uint8 ``(3, H, W)`` image; the labels count in a mode other than ``"free"``."""
+        """One caption per uint8 ``(3, H, W)`` image; labels are ignored in mode ``"free"``."""
         if self._captioner is None:
             from sgid_transforms.models.captioner import Captioner
 
@@ -132,10 +132,10 @@ class Describer:
         return list(numbers)
 
     def describe(self, known: Sequence[tuple[CaptionRecord, torch.Tensor]]) -> list[CaptionRecord]:
-        """Complete records: an empty captioner means that the caption is to be written, everything is scored.
+        """Complete records: caption those without caption and captioner, and score all of them.
 
         Args:
-            known: Records, as far as they go, with their images, uint8 ``(3, H, W)``.
+            known: Incomplete records with their images, uint8 ``(3, H, W)``.
         """
         known = [(record, shrunk(image)) for record, image in known]
         bare = [index for index, (record, _) in enumerate(known) if not record.captioner and not record.caption]
@@ -160,18 +160,18 @@ class Describer:
         ]  # fmt: skip
 
     def context(self, record: CaptionRecord) -> str:
-        """What other images may borrow from a record's caption: all of it, if it was written without its subject."""
+        """What other images may borrow from a record's caption: all of it, if the captioner left out the subject."""
         return record.caption if self.mode == "context" and record.captioner == self.name else context_of(record.caption)
 
 
 @contextlib.contextmanager
 def alone(captions: CaptionStore, timeout: float | None = None) -> Iterator[int | None]:
-    """Only one process at a time captions into a store: what one is writing, the others need not write as well.
+    """Let only one process at a time caption into a store, so that no caption is written twice.
 
-    Yields the descriptor of the lock's file; None where no such file can be made, as beside a read-only store.
+    Yields the descriptor of the lock file; None where none can be created, such as beside a read-only store.
 
     Raises:
-        StoreError: Another process was at it for ``timeout`` seconds.
+        StoreError: Another process was still captioning after ``timeout`` seconds.
     """
     lock = None
     waiting = Waiting(f"another process that writes captions into {captions.path}", timeout)
@@ -180,7 +180,7 @@ def alone(captions: CaptionStore, timeout: float | None = None) -> Iterator[int 
             time.sleep(min(_LOCK_PAUSE, waiting.check()))
     except TimeoutError as error:
         raise StoreError(f"{error}; give it more time, or stop that process") from None
-    except OSError:  # no such file can be made here
+    except OSError:  # no lock file can be created here
         pass
     try:
         yield lock
@@ -190,14 +190,14 @@ def alone(captions: CaptionStore, timeout: float | None = None) -> Iterator[int 
 
 
 class Entry(NamedTuple):
-    """One image that is to have a record.
+    """One image that needs a record.
 
     Args:
-        key: Of the image.
+        key: Key of the image.
         label: Its class name in words.
-        path: Of its file.
-        load: Returns the picture, in any form that has a key; raises ``ImageError`` where it cannot be read any more.
-        pixels: Of a picture that is held in memory until its turn comes.
+        path: Path of its file.
+        load: Returns the picture, in any form that has a key; raises ``ImageError`` if it can no longer be read.
+        pixels: Size of the picture, if it stays in memory until its turn comes.
     """
 
     key: str
@@ -237,30 +237,30 @@ def prepare(
 ) -> PrepareReport:
     """Caption every image of a map-style data set, score it against its prompt, and rank the scores.
 
-    Resumes after an interruption. Called again, it does what is new, and again what no longer holds: captions of another
-    captioner, and scores of another scorer, template, label or caption. Captions by people stay. Ranks of a distributed job may
-    all call it: the first one works, the others wait.
+    Resumes after an interruption. A later call handles new images and redoes what is outdated: captions of another captioner,
+    and scores of another scorer, template, label or caption. Human and imported captions stay. All ranks of a distributed job
+    may call it: the first one works, the others wait.
 
     Args:
-        dataset: Items are an image with a label, as a tuple or dict. A ``transform`` that is set is looked past.
+        dataset: Its items are images with labels, as tuples or dicts. Its ``transform`` is skipped; see ``stop``.
         captions: Where the result goes.
         template: The recipe's prompt template, against which the similarity is measured.
         captioner: Id of a captioner, or an object with ``caption(images)``.
         scorer: Id of a CLIP model, an object with ``image_text(images, texts)``, or None: no similarities.
         class_names: The name of each class number, or words for coded names; by default the data set's ``classes``.
-        key: Names an image.
-        stop: Type of the transform whose input is meant: what stands before it in the data set's ``Compose`` is applied.
+        key: Returns the key of an image.
+        stop: Type of a transform in the data set's ``Compose``; the transforms before it are applied.
         batch_size: Images per forward pass.
         device: Where the models run.
         progress: Show a progress bar.
-        timeout: Seconds to wait while another process captions into the same store; None: until it is done.
+        timeout: Seconds to wait while another process captions into the same store; None: no limit.
         mode: The recipe's ``caption_mode``.
 
     Raises:
-        TypeError: It is not a map-style data set of images, or the captioner takes no labels, and the mode needs them.
-        ValueError: It gives another image each time (a random transform that cannot be looked past), or a class has no name.
+        TypeError: It is not a map-style data set of images, or the mode needs labels and the captioner takes none.
+        ValueError: It gives another image each time (a random transform that cannot be skipped), or a class has no name.
         ModelLoadError: A model cannot be loaded.
-        StoreError: The caption store cannot be written, or another process was at it for ``timeout`` seconds.
+        StoreError: The caption store cannot be written, or another process was still captioning after ``timeout`` seconds.
     """
     batch_size = integer("batch_size", batch_size, minimum=1, maximum=10**6)
     check_class_names(class_names)
@@ -275,7 +275,7 @@ def prepare(
         job = job_identity(str(captions.path), images.identity(key), describer.identity, repr(class_names))
         if lock is not None and job is not None and os.pread(lock, 200, 0) == job.encode():
             return PrepareReport(len(images), known=len(images))  # another rank of this job has just done it
-        ours = functools.cache(lies_in_ours)  # for this call alone: folders change
+        ours = functools.cache(lies_in_ours)  # only for this call, because folders change
         with tqdm(total=len(images), desc="captions", unit="img", disable=not progress) as bar:
 
             def entries() -> Iterator[Entry]:
@@ -288,7 +288,7 @@ def prepare(
                         check_form(sample.image)
                         check_size(*_size(sample.image))
                         name = key(sample.image)
-                    except Exception as error:  # of any data set's own code: one bad item must not end the job
+                    except Exception as error:  # anything from a data set's own code: one bad item must not end the job
                         failed.append((index, f"{type(error).__name__}: {error}"))
                     else:
                         label = _name_of(sample, class_names, needs_label or mode != "free")
@@ -325,18 +325,18 @@ def complete(
 ) -> Tally:
     """Bring the records of some images up to date, batch by batch, and rank the new similarities.
 
-    What is unknown is captioned and scored; what no longer holds is done again, and said in one line.
+    New images are captioned and scored. Outdated records are redone, which is logged in one line.
 
     Args:
         entries: The images.
         captions: Where their records are.
         describer: Writes captions and scores.
-        stopped: Whether the entries ended too early: ranks and contexts are of the whole data set, and once given they stay.
-        synonyms: Further names of the classes, by which captions may contradict their labels.
+        stopped: Whether the entries ended too early. Ranks and contexts need the whole data set, and once set they stay.
+        synonyms: Further class names, by which captions may contradict their labels.
     """
     tally = Tally()
     waiting: list[Entry] = []
-    moved: list[CaptionRecord] = []  # records whose image file lies elsewhere now
+    moved: list[CaptionRecord] = []  # records whose image file has moved
     pending: dict[str, tuple[CaptionRecord, torch.Tensor]] = {}
 
     def decide() -> None:
@@ -388,8 +388,8 @@ def complete(
         if "captioner" in tally.changed or not captions.contexts():
             captions.set_contexts(lenders(captions, describer.context))
     if tally.changed:
-        parts = ", ".join(f"{count} by another {what}" for what, count in sorted(tally.changed.items()))
-        _log.warning("images described anew: %s; what was generated after the old texts is not used any more", parts)
+        parts = ", ".join(f"{count} for another {what}" for what, count in sorted(tally.changed.items()))
+        _log.warning("images captioned or scored again: %s; variants made from the old texts are no longer used", parts)
     return tally
 
 
@@ -412,7 +412,7 @@ def _pixels(image: Any) -> int:
 
 
 def _stale(known: CaptionRecord, entry: Entry, describer: Describer) -> str | None:
-    """What no longer holds of a record: ``""`` for nothing, ``"score"`` for a score that was never there."""
+    """What is outdated in a record: ``""`` for nothing, ``"score"`` for a score that was missing."""
     if known.source == "model" and known.captioner and known.captioner != describer.name:
         return "captioner"
     if entry.label is not None and known.label != entry.label:
@@ -427,9 +427,9 @@ def _stale(known: CaptionRecord, entry: Entry, describer: Describer) -> str | No
 
 
 def _to_do(known: CaptionRecord | None, entry: Entry, stale: str | None, describer: Describer) -> CaptionRecord:
-    """The record as far as it still holds; without a caption where one is to be written."""
+    """The record without its outdated parts; its caption is empty if one must be written."""
     if known is not None and stale == "label" and describer.mode != "free" and known.captioner == describer.name:
-        stale = "captioner"  # which was told the old label
+        stale = "captioner"  # the captioner was given the old label
     if known is None or stale == "captioner":
         label = entry.label if entry.label is not None or known is None else known.label
         return CaptionRecord(entry.key, "", label=label, path=entry.path)
@@ -450,7 +450,7 @@ def _name(model: Any) -> str:
 
 
 def _name_of(sample: RawSample, class_names: ClassNames | None, needed: bool) -> str | None:
-    """The class name in words: by the caller's names, else by the data set's own."""
+    """The class name in words: from the caller's names, else from the data set's own."""
     name = label_name(sample.label, class_names, sample.classes)
     if name is None and needed and not _means_none(sample.label):
         raise ValueError(f"class {sample.label!r} has no name; pass class_names=[...] in the order of the class numbers")
@@ -458,7 +458,7 @@ def _name_of(sample: RawSample, class_names: ClassNames | None, needed: bool) ->
 
 
 def _means_none(label: Any) -> bool:
-    """No label, or a negative number, by which data sets say the same."""
+    """Whether there is no label: None, or a negative number, as some data sets use."""
     return label is None or (isinstance(label, int) and label < 0)
 
 
@@ -467,12 +467,12 @@ def _check_repeatable(images: RawImages, key: Callable[[Any], str]) -> None:
         return
     try:
         twice = [key(images[0].image) for _ in range(2)]
-    except TypeError:  # items without an image: no data set for us at all
+    except TypeError:  # items without an image: not a data set of images
         raise
-    except Exception:  # one that cannot be read is listed with the others
+    except Exception:  # an unreadable item is listed later, with the others
         return
     if twice[0] != twice[1]:
         raise ValueError(
             "the data set gives another image each time item 0 is read; pass it without its random transforms, "
-            "or keep them in its `transform`, behind SGIDAugment, where they are looked past"
+            "or put them behind SGIDAugment in its `transform`, where they are skipped"
         )

@@ -1,4 +1,4 @@
-"""One image's caption and what belongs to it."""
+"""The record of one image: its caption, label and scores."""
 
 import math
 import os
@@ -21,7 +21,7 @@ COLUMNS = (
 """The fields of a record, in the order of the table's columns."""
 
 FOREIGN = int.from_bytes(b"foreign!", "big")
-"""Stands for the digest of a row that this package did not write: neither a CRC nor what a damaged row gives, such as 0."""
+"""Replaces the digest of a row that another program wrote. It is neither a CRC nor a likely result of damage, such as 0."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class CaptionRecord:
     """What is known about one image.
 
     Args:
-        key: Of the image (``image_key``).
+        key: Key of the image (``image_key``).
         caption: What the image shows.
         label: Name of its class.
-        similarity: Cosine of the image and its prompt, as the similarity model gives it.
-        rank: Of the similarity within the data set, in [0, 1].
+        similarity: Cosine of the image and its prompt, from the scorer.
+        rank: Rank of the similarity within the data set, in [0, 1].
         captioner: Id of the model, or of the person, that wrote the caption.
-        source: ``"human"`` captions are never replaced by the others.
-        path: Of the image file, as the data set has it.
+        source: Where the caption comes from. Only another human caption replaces a ``"human"`` one.
+        path: Path of the image file, as the data set gives it.
         scorer: Id of the model that measured the similarity.
         prompt: The text that the similarity was measured with: label and caption in the recipe's template.
         context: What variants of other images may borrow from the caption (``Recipe.caption_from``); None: nothing.
-        contradiction: By what the caption contradicts the label: ``"words"``, where it names another class and not its own;
-            ``"scorer"``, where the scorer finds the image less like label and caption than like the label; or both.
+        contradiction: How the caption contradicts the label. ``"words"``: it names another class but not its own.
+            ``"scorer"``: the image is less similar to label and caption than to the label alone. May be both.
 
     Examples:
         >>> CaptionRecord("0f" * 16, "a cat on a sofa", label="cat", source="human").caption
@@ -65,8 +65,8 @@ class CaptionRecord:
 def to_row(record: CaptionRecord) -> tuple[object, ...]:
     """A record as SQLite stores it.
 
-    Half characters (lone surrogates, as undecodable file names and broken JSON yield) become U+FFFD in texts, while a path
-    keeps its bytes. A score that is not finite is no score.
+    Lone surrogates, which come from undecodable file names and broken JSON, become U+FFFD in texts; a path keeps its bytes.
+    A score that is not finite becomes None.
 
     Raises:
         StoreError: A field that cannot be stored.
@@ -92,9 +92,9 @@ def to_row(record: CaptionRecord) -> tuple[object, ...]:
 
 
 def from_row(row: tuple[Any, ...]) -> CaptionRecord | None:
-    """A record out of the columns ``COLUMNS`` and ``digest``, or ``None`` if it is not as it was written.
+    """A record from the columns ``COLUMNS`` and ``digest``, or ``None`` if its digest does not fit.
 
-    Rows with the digest ``FOREIGN``, of stores from before schema 3 or of other programs, are taken as they are.
+    Rows with the digest ``FOREIGN``, from stores before schema 3 or from other programs, are not checked.
     """
     key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, context, contradiction, digest = row
     text = f"{key}\0{caption}\0{label}\0{similarity}\0{rank}\0{captioner}\0{source}\0{path}\0{scorer}\0{prompt}"
@@ -108,9 +108,9 @@ def from_row(row: tuple[Any, ...]) -> CaptionRecord | None:
 
 
 def digest_of(row: Sequence[object]) -> int:
-    """The CRC-32 of the columns ``COLUMNS``, as SQLite gives them. `from_row` has it inlined, for the speed of hits.
+    """The CRC-32 of the columns ``COLUMNS``, as SQLite gives them. `from_row` inlines it to make hits fast.
 
-    The last two, which schema 4 added, count where there is something in them, so that older digests still hold.
+    The last two, added by schema 4, count only if one of them is set, so that older digests stay valid.
     """
     counted = row if any(value is not None for value in row[10:]) else row[:10]
     return zlib.crc32("\0".join(map(str, counted)).encode())
@@ -142,7 +142,7 @@ def _text(name: str, value: object) -> str | None:
 
 
 def _path(value: object) -> str | bytes | None:
-    """A path as text, or as its bytes where they are no UTF-8."""
+    """A path as text, or as its bytes if they are not UTF-8."""
     if value is None:
         return None
     if isinstance(value, os.PathLike):
@@ -154,7 +154,7 @@ def _path(value: object) -> str | bytes | None:
     except UnicodeEncodeError:
         try:
             return os.fsencode(value)
-        except UnicodeEncodeError:  # a surrogate that no file name can yield
+        except UnicodeEncodeError:  # a surrogate that cannot come from a file name
             return _text("path", value)
     return value
 

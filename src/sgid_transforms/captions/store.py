@@ -26,7 +26,7 @@ _NEXT = f"SELECT CAST(key AS BLOB), {_ALL}, digest FROM captions WHERE key > CAS
 
 
 def _upsert(*, take: str, first: str, second: str) -> str:
-    """The statement that joins a new record (``excluded``) and the one that is there (``captions``), if there is one.
+    """The statement that merges a new record (``excluded``) into the stored one (``captions``), if there is one.
 
     Args:
         take: Condition under which the new record's text is taken; scores belong to one text.
@@ -69,8 +69,8 @@ class CaptionsReport:
 
     Args:
         checked: Records that could be read.
-        damaged: Keys of those that are not as they were written.
-        broken: What SQLite says of the file; None: it is whole.
+        damaged: Keys of those that do not fit their digest.
+        broken: What is wrong with the file as a whole; None: nothing.
     """
 
     checked: int
@@ -87,16 +87,16 @@ class CaptionStore:
     """Captions by image key, in one SQLite file, for one writer at a time and any number of readers.
 
     The file is opened at first use, once for each process and thread, so the object survives forks and pickles as its path.
-    A write-protected file, or one on read-only media, can be read as it is.
+    A write-protected file, or one on read-only media, can still be read.
 
-    Captions with ``source="human"`` are replaced by other human ones only; similarities and ranks can always be updated.
+    Only other human captions replace those with ``source="human"``; similarities and ranks can always be updated.
 
     Args:
-        path: Of the file; created with the first use, unless ``readonly``.
+        path: Path of the file, which is created on first use unless ``readonly``.
         readonly: Refuse to write; the file must exist.
 
     Raises:
-        StoreError: From every method, if the file cannot be read or written, is no caption store or one of a newer version.
+        StoreError: From every method, if the file cannot be read or written, is not a caption store, or has a newer version.
 
     Examples:
         >>> store = CaptionStore("own.sqlite")
@@ -110,7 +110,7 @@ class CaptionStore:
     def __init__(self, path: str | os.PathLike[str], *, readonly: bool = False) -> None:
         text = os.fspath(path)
         if not isinstance(text, str) or not text or "\0" in text:
-            raise StoreError(f"caption store path {text!r} is empty, of bytes, or holds a NUL character; choose another one")
+            raise StoreError(f"caption store path {text!r} is empty, is bytes, or holds a NUL character; choose another one")
         self._database = Database(Path(text).expanduser(), readonly=readonly)
         self._damaged_seen = 0
 
@@ -149,7 +149,7 @@ class CaptionStore:
         return found
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` that have no record: each once, in their order."""
+        """Those of ``keys`` that have no record, deduplicated and in their order."""
         wanted = list(dict.fromkeys(keys))
         known = self.get_many(wanted)
         return [key for key in wanted if key not in known]
@@ -159,14 +159,14 @@ class CaptionStore:
         self.put_many((record,))
 
     def put_many(self, records: Iterable[CaptionRecord]) -> None:
-        """Store records in one transaction: all of them, or none after an error.
+        """Store records in one transaction: all of them, or none if there is an error.
 
-        A record replaces an older one of its key, but a human caption stays where the new one is not human. A label or
-        path that the new record lacks is kept, and a context stays whatever the new one is: see `set_contexts`. Similarity
-        and rank belong to a text: they are taken over, or kept, only for the same caption.
+        A record replaces an older one with the same key, but only a human caption replaces a human one. A label or path that
+        the new record lacks is kept. An existing context is always kept; see `set_contexts`. Similarity and rank belong to a
+        text, so they are kept only if the caption stays the same.
 
         Raises:
-            StoreError: A record that cannot be stored, or a file that cannot be written.
+            StoreError: A record cannot be stored, or the file cannot be written.
         """
         rows = [to_row(record) for record in records]
         if rows:
@@ -174,7 +174,7 @@ class CaptionStore:
                 connection.executemany(_PUT, rows)
 
     def set_similarities(self, similarities: Mapping[str, float | None]) -> None:
-        """Set the similarity of some records, of human captions as well; their ranks are unknown until `set_ranks`.
+        """Set the similarity of some records, including human ones; their ranks are unknown until `set_ranks`.
 
         Args:
             similarities: Key -> cosine of (image, prompt). Keys without a record are left out.
@@ -184,15 +184,15 @@ class CaptionStore:
             connection.executemany("UPDATE captions SET similarity = ?, rank = NULL WHERE key = ?", rows)
 
     def set_ranks(self, *, keep: bool = False) -> int:
-        """Rank the similarities of the whole store to [0, 1], equal ones alike; returns how many ranks were set.
+        """Rank the similarities of the whole store in [0, 1], with ties; returns how many ranks were set.
 
-        Similarities of different scorers do not compare: those of each are ranked among themselves. Records without a
+        Similarities of different scorers are not comparable, so each scorer's are ranked separately. Records without a
         similarity get no rank.
 
         Args:
-            keep: Leave the ranks that are there, and place the others among them. Variants are made by an image's rank, so it
-                must not change when more images come. Only where fewer than half of the similarities have a rank, all are
-                ranked anew.
+            keep: Keep existing ranks, and place the new ones among them. A variant depends on its image's rank, so that
+                must not change when images are added. If fewer than half of the similarities have a rank, all are ranked
+                again.
         """
         with self._database.writing(None) as connection:
             connection.execute("UPDATE captions SET rank = NULL WHERE similarity IS NULL AND rank IS NOT NULL")
@@ -217,10 +217,10 @@ class CaptionStore:
             return connection.execute(query).fetchall()
 
     def set_contexts(self, contexts: Mapping[str, str]) -> None:
-        """Say which records lend their contexts, in place of those that did.
+        """Set which records lend their contexts; replaces the earlier set.
 
-        Which context a variant borrows follows from this set, so it changes only here: not with records that come later, nor
-        with new captions.
+        Which context a variant borrows depends on this set. So it changes only here, and not when records are added or
+        captions change.
 
         Args:
             contexts: Key -> context. Keys without a record are left out.
@@ -231,13 +231,13 @@ class CaptionStore:
             connection.executemany("UPDATE captions SET context = ? WHERE key = ?", rows)
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Remove the records of ``keys``, human ones as well, so that they are captioned again."""
+        """Remove the records of ``keys``, including human ones, so that their images are captioned again."""
         rows = [(check_key(key),) for key in keys]
         with self._database.writing(()) as connection:
             connection.executemany("DELETE FROM captions WHERE key = ?", rows)
 
     def __iter__(self) -> Iterator[CaptionRecord]:
-        """All records by key. The store may be written meanwhile: each record is then seen as it is when its turn comes."""
+        """All records, ordered by key. The store may be written meanwhile: each record is read when its turn comes."""
         last = b""
         while True:
             with self._database.reading() as connection:
@@ -258,11 +258,11 @@ class CaptionStore:
         return isinstance(key, str) and self.get(key) is not None
 
     def merge(self, other: "CaptionStore | str | os.PathLike[str]") -> None:
-        """Take over what another store knows and this one does not, in one transaction.
+        """Add what another store knows and this one does not, in one transaction.
 
-        For an image that both know, this store's caption stays unless only the other one is human. What is missing of
-        label, path, similarity and rank is filled in; scores only for the same caption. Ranks of two stores do not
-        compare: call `set_ranks` afterwards.
+        For an image in both stores, this store's caption stays unless only the other one is human. A missing label, path,
+        similarity or rank is filled in; scores only for the same caption. Ranks of two stores are not comparable: call
+        `set_ranks` afterwards.
         """
         source = CaptionStore(other.path if isinstance(other, CaptionStore) else other, readonly=True)
         try:
@@ -272,31 +272,31 @@ class CaptionStore:
             source.close()
 
     def export_metadata_jsonl(self, path: str | os.PathLike[str]) -> int:
-        """Write a ``metadata.jsonl`` as Hugging Face's ImageFolder reads it: ``file_name`` and ``text``, and our fields.
+        """Write a ``metadata.jsonl`` as Hugging Face's ImageFolder reads it: ``file_name``, ``text`` and our fields.
 
-        ``file_name`` is relative to the folder of ``path`` for images below it. Records without a path of their image have
-        no line, as the format has no place for them.
+        ``file_name`` is relative to the folder of ``path`` for images below it. Records without an image path are left out,
+        because the format has no place for them.
 
         Returns:
             How many records were written.
 
         Raises:
-            StoreError: It cannot be written; an existing file is then left as it was.
+            StoreError: The file cannot be written; an existing file is left unchanged.
         """
         return exchange.write_jsonl(self, Path(path))
 
     def import_metadata_jsonl(self, path: str | os.PathLike[str], *, key: Callable[[Path], str] | None = None) -> int:
-        """Read a ``metadata.jsonl``: all of it, or nothing after an error.
+        """Read a ``metadata.jsonl``: all of it, or nothing if there is an error.
 
         Args:
-            path: Of the file; images are looked for in its folder.
+            path: Path of the file; images are looked for in its folder.
             key: Image file -> key, for lines without a ``key`` field; the default reads the image (``image_key``).
 
         Returns:
-            How many records were read. Human captions in the store stay as they are.
+            How many records were read. Only human ones replace human captions in the store.
 
         Raises:
-            StoreError: A line that is not such a record, by its number.
+            StoreError: A line is not a valid record; the message gives its number.
         """
         records = exchange.read_jsonl(Path(path), key)
         self.put_many(records)
@@ -310,7 +310,7 @@ class CaptionStore:
         """Read what `export_parquet` wrote, or any Parquet file with the columns ``key`` and ``caption``.
 
         Returns:
-            How many records were read. Human captions in the store stay as they are, where the new ones are not human.
+            How many records were read. Only human ones replace human captions in the store.
         """
         records = exchange.read_parquet(Path(path))
         self.put_many(records)
@@ -318,16 +318,16 @@ class CaptionStore:
 
     @property
     def damaged_seen(self) -> int:
-        """How many damaged records this object has met. Each counts as missing: the image is captioned again."""
+        """How many damaged records this object has found. Each counts as missing: the image is captioned again."""
         return self._damaged_seen
 
     def verify(self, *, repair: bool = False) -> CaptionsReport:
         """Read the whole file and compare each record with its digest.
 
         Args:
-            repair: Move damaged records to the table ``damaged`` of the file. If the file itself is damaged, what can be read
-                goes into a new one in its place, and the old one is kept beside it as ``NAME.damaged``; nothing else may be
-                using it meanwhile.
+            repair: Move damaged records to the table ``damaged`` of the file. If the file itself is damaged, a new one with
+                everything readable replaces it, and the old one is kept beside it as ``NAME.damaged``; nothing else may use
+                the store meanwhile.
 
         Raises:
             StoreError: There is no such file, or it cannot be read or repaired.
@@ -362,13 +362,13 @@ class CaptionStore:
         return record
 
     def _rebuild(self, records: Sequence[CaptionRecord]) -> None:
-        """Put a new file with ``records`` in the place of a damaged one, which is kept; there is one of them at any moment."""
+        """Replace a damaged file by a new one with ``records`` and keep the old one. A file is in place at any moment."""
         new, old = CaptionStore(f"{self.path}.repaired"), Path(f"{self.path}.damaged")
         if old.exists():
             raise StoreError(f"{old} is there from an earlier repair; move it away first")
         try:
             new.path.unlink(missing_ok=True)
-            len(new)  # there is a store even without records
+            len(new)  # creates the file even without records
             new.put_many(records)
             new.close()
             self.close()
@@ -382,7 +382,7 @@ class CaptionStore:
 
 
 def _ranked(rows: Sequence[tuple[str, float, float | None]], *, keep: bool) -> list[tuple[float | None, str]]:
-    """(rank, key) for those of (key, similarity, rank) rows whose rank is to be set."""
+    """(rank, key) pairs to set, from rows of (key, similarity, rank)."""
     known = sorted((similarity, rank) for _, similarity, rank in rows if rank is not None)
     if not keep or 2 * len(known) < len(rows):
         ranks = rank_similarities([similarity for _, similarity, _ in rows])

@@ -1,4 +1,4 @@
-"""The command line: ``sgid``. What a command imports waits until it runs, so that ``--help`` is quick."""
+"""The command line: ``sgid``. Each command imports what it needs only when it runs, so ``--help`` is fast."""
 
 import sys
 from typing import NoReturn

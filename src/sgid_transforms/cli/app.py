@@ -1,4 +1,4 @@
-"""The application: its commands, and how errors leave it. A command returns its exit code; None stands for 0."""
+"""The application: its commands, and how it reports errors. A command returns its exit code; None stands for 0."""
 
 import functools
 import io
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 def _from_home(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with a leading ``~`` of its paths expanded, which shells leave in ``--variants=~/variants``."""
+    """The command with a leading ``~`` in its paths expanded: shells do not do so in ``--variants=~/variants``."""
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
@@ -95,4 +95,4 @@ def run() -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's, without importing it
             raise
-        fail("there is not enough memory; lower --batch-size, or take a smaller model")
+        fail("there is not enough memory; lower --batch-size, or use a smaller model")

@@ -1,4 +1,4 @@
-"""``sgid demo``: the whole way on the bundled samples, from captions to a trained classifier."""
+"""``sgid demo``: the whole pipeline on the bundled samples, from captions to a trained classifier."""
 
 import json
 import time
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SAMPLES: Final = Path(__file__).resolve().parent.parent / "assets" / "samples"
 _SHOWN: Final = 12  # rows of the contact sheet
-_SEEDS: Final = 3  # of either training
+_SEEDS: Final = 3  # per training
 _BATCH: Final = 32
 
 
@@ -62,7 +62,7 @@ def demo(
                 replace(scan, images=tuple(images)), recipe, captions, variants, count=count, progress=True, stop=stop
             )
         if done.stopped:
-            say("stopped; run the command again to go on")
+            say("stopped; run the command again to resume")
             return INTERRUPTED
         say(f"     {done.captions.captioned} captions and {done.generated} variants made, {done.present} variants were there")
 
@@ -99,8 +99,8 @@ def demo(
     for name in ("without", "with"):
         each = ", ".join(f"{100 * one:.0f}" for one in results[name]["accuracy"])
         say(f"  {name + ' variants':<17}{100 * sum(results[name]['accuracy']) / _SEEDS:.1f} %  ({each})")
-    say(f"This shows the mechanics and is no benchmark: on {len(test)} test images, some points are chance.")
-    say("The repository's benchmarks/accuracy.py measures what variants bring, beside classic augmentation.")
+    say(f"This shows the mechanics and is not a benchmark: on {len(test)} test images, some points are chance.")
+    say("The repository's benchmarks/accuracy.py compares variants with classic augmentation.")
     say()
     shown_last = "contact-sheet.png" if lacking else "report.html"
     for name in dict.fromkeys(("captions.sqlite", "variants", "contact-sheet.png", shown_last, "training.json")):
@@ -120,11 +120,11 @@ def split(scan: "Scan") -> tuple[frozenset[str], frozenset[str]]:
 def _trainings(
     path: Path, settings: dict[str, Any], train: Collection[str], test: Collection[str], sgid: Any, steps: int
 ) -> dict[str, Any]:
-    """Both runs, or what an earlier call with the same settings found."""
+    """Both trainings, or the stored results of an earlier call with the same settings."""
     try:
         known: dict[str, Any] = json.loads(path.read_text())
         if known["settings"] == settings:
-            say("     done before; see training.json")
+            say("     already done; see training.json")
             return known
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -141,12 +141,12 @@ def _trainings(
 def train_and_test(
     train: Collection[str], test: Collection[str], first: list[Any], *, steps: int, seed: int = 0
 ) -> dict[str, float]:
-    """Train a small network on some of the sample images, test it on others.
+    """Train a small network on some of the sample images and test it on others.
 
     Args:
         train: Paths of the images to train on.
         test: Paths of the images to test on.
-        first: Transforms that see a training image as it is in the file, before the usual ones.
+        first: Transforms that run before the usual ones, on the training image as it is in the file.
         steps: Optimiser steps.
         seed: Seed of weights, order and augmentation.
 

@@ -1,4 +1,4 @@
-"""``sgid doctor``: small checks of what works here, each with what to do about a problem."""
+"""``sgid doctor``: small checks of what works here, with advice for each problem."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "note", "problem"]
 
-_LEAST_FREE: Final = 2 * 10**9  # bytes; a disk with less fills up while one looks
+_LEAST_FREE: Final = 2 * 10**9  # bytes; a disk with less is soon full
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Check:
     """One finding.
 
     Args:
-        name: What was looked at.
+        name: What was checked.
         status: ``"problem"``: something will not work; ``"note"``: good to know.
         detail: What was found.
         advice: What to do about it, if anything.
@@ -116,13 +116,13 @@ def check_devices() -> Iterator[Check]:
             "install the build of PyTorch for your driver (pytorch.org/get-started), or check CUDA_VISIBLE_DEVICES",
         )
     else:
-        yield Check("cuda", "note", "no device; the bundled model runs on the CPU, larger ones take minutes an image there")
+        yield Check("cuda", "note", "no device; the bundled model runs on the CPU, larger ones take minutes per image there")
     if torch.backends.mps.is_available():
         yield Check("mps", "ok", "available")
 
 
 def check_attention(device: str) -> Iterator[Check]:
-    """Which attention kernels work there: found by running them, not by what is installed."""
+    """Which attention kernels work on the device, found by running them."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -130,7 +130,7 @@ def check_attention(device: str) -> Iterator[Check]:
     from sgid_transforms.models.attention import probe_xformers
     from sgid_transforms.models.loading import default_dtype
 
-    query = torch.ones(2, 8, 64, 40, device=device, dtype=default_dtype(device))  # a shape of UNets
+    query = torch.ones(2, 8, 64, 40, device=device, dtype=default_dtype(device))  # a typical shape in UNets
     kernels = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
         with warnings.catch_warnings(), suppress(RuntimeError), sdpa_kernel(backend):
@@ -140,9 +140,9 @@ def check_attention(device: str) -> Iterator[Check]:
     yield Check("attention", "ok", f"PyTorch SDPA on {device} runs these kernels: {', '.join(kernels)}")
     obstacle = probe_xformers(device)
     if obstacle is None:
-        yield Check("xformers", "ok", "its kernel runs; used where attention='xformers' is asked for")
+        yield Check("xformers", "ok", "its kernel runs; attention='xformers' uses it")
     else:
-        yield Check("xformers", "note", f"not usable: {obstacle}", "nothing: PyTorch's own attention is used")
+        yield Check("xformers", "note", f"not usable: {obstacle}", "nothing to do: PyTorch's own attention is used")
 
 
 def check_disk(variants: Path) -> Iterator[Check]:
@@ -164,11 +164,11 @@ def check_network(model: str) -> Iterator[Check]:
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
-        yield Check("hub", "ok", "models that are not here yet are fetched from the Hugging Face hub when they are used")
+        yield Check("hub", "ok", "missing models are downloaded from the Hugging Face hub on first use")
     elif model == "tiny" or Path(model).is_dir():
-        yield Check("hub", "note", "offline (HF_HUB_OFFLINE is set); the chosen model is here, so nothing is missing")
+        yield Check("hub", "note", "offline (HF_HUB_OFFLINE is set); the chosen model is on this machine")
     else:
-        yield Check("hub", "note", "offline (HF_HUB_OFFLINE is set)", "unset it to fetch models that are not here yet")
+        yield Check("hub", "note", "offline (HF_HUB_OFFLINE is set)", "unset it to download missing models")
 
 
 def check_stores(captions: Path, variants: Path) -> Iterator[Check]:
@@ -183,16 +183,16 @@ def check_stores(captions: Path, variants: Path) -> Iterator[Check]:
         except SGIDError as error:
             yield Check("captions", "problem", str(error), "give another file with --captions, or restore it from a copy")
     else:
-        yield Check("captions", "note", f"there is no {captions} yet", "sgid generate makes it")
+        yield Check("captions", "note", f"there is no {captions} yet", "sgid generate creates it")
     if not variants.is_dir():
-        yield Check("variants", "note", f"there is no folder {variants} yet", "sgid generate makes it")
+        yield Check("variants", "note", f"there is no folder {variants} yet", "sgid generate creates it")
         return
     try:
         stats = VariantStore(variants, readonly=True).stats()
     except SGIDError as error:
         yield Check("variants", "problem", str(error), "give another folder with --variants")
         return
-    detail = f"{sum(stats.variants.values())} of {len(stats.variants)} recipes in {variants}"
+    detail = f"{sum(stats.variants.values())} from {len(stats.variants)} recipes in {variants}"
     if stats.quarantined:
         yield Check("variants", "note", f"{detail}; {stats.quarantined} damaged files in quarantine", "sgid verify")
     else:
@@ -209,9 +209,7 @@ def check_model(recipe: Any, device: str) -> Iterator[Check]:
 
         generate = load_generator(recipe, device, local_files_only=True)
     except SGIDError as error:
-        yield Check(
-            "model", "problem", f"{recipe.model}: {error}", "check the name; while online, the first `sgid preview` fetches it"
-        )
+        yield Check("model", "problem", f"{recipe.model}: {error}", "check the name; when online, `sgid preview` downloads it")
         return
     except (RuntimeError, MemoryError, OSError, ImportError) as error:
         yield Check("model", "problem", f"{recipe.model}: {_first_line(error)}", "try another --device or a smaller model")
@@ -231,7 +229,7 @@ def check_model(recipe: Any, device: str) -> Iterator[Check]:
 
 
 def _requirements() -> "Iterator[tuple[Requirement, str]]":
-    """What this package declares for this system, each with its extra, if any; not what its developers need."""
+    """The package's requirements on this system, each with its extra, if any; without those of its developers."""
     from packaging.requirements import Requirement
 
     extras = metadata.metadata("sgid-transforms").get_all("Provides-Extra") or []
@@ -259,7 +257,7 @@ def _cuda_device(index: int) -> Check:
         torch.ones(2, device=name).sum().item()
     except RuntimeError as error:
         advice = "the build of PyTorch may not fit the GPU or its driver; see pytorch.org/get-started"
-        return Check(name, "problem", f"{properties.name} does not compute: {_first_line(error)}", advice)
+        return Check(name, "problem", f"{properties.name} cannot compute: {_first_line(error)}", advice)
     detail = f"{properties.name}, {size(free)} of {size(total)} free, compute capability {properties.major}.{properties.minor}"
     return Check(name, "ok", detail)
 

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGINT and SIGTERM (which batch systems send before they kill) ask to stop; a second Ctrl-C stops at once.
+    """Inside it, SIGINT and SIGTERM (which batch systems send before they kill) request a stop; a second Ctrl-C stops at once.
 
     Yields:
-        A function that says whether the user asked.
+        A function that says whether a stop was requested.
     """
     asked: list[int] = []
 
@@ -42,8 +42,8 @@ def stoppable() -> Iterator[Callable[[], bool]]:
         if number == signal.SIGINT and (asked or _loads(frame)):
             raise KeyboardInterrupt
         asked.append(number)
-        with suppress(OSError):  # no print: the signal may have come in the middle of another one
-            os.write(2, b"\nstopping after the batch in work; Ctrl-C again stops at once\n")
+        with suppress(OSError):  # no print: the signal may have interrupted another one
+            os.write(2, b"\nstopping after the current batch; press Ctrl-C again to stop at once\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -54,7 +54,7 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 
 def _loads(frame: FrameType | None) -> bool:
-    """Whether a model is being loaded, possibly after a long download: nothing is in work that could be finished first."""
+    """Whether a model is being downloaded or loaded, so that there is no work to finish first."""
     while frame is not None:
         where, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if where == "sgid_transforms.building.builder" and name == "build":
@@ -79,7 +79,7 @@ def caption(
 ) -> int:
     """Caption the images of DATA, once.
 
-    It also measures how well label and caption describe each image, and leaves alone what is known. `sgid generate` does
+    It also measures how well label and caption describe each image, and skips what is already known. `sgid generate` does
     all this first.
     """
     from sgid_transforms.bulk import caption_folder, scan_folder
@@ -126,8 +126,8 @@ def generate(
 ) -> int:
     """Make K variants of every image of DATA.
 
-    It first writes missing captions, and leaves alone what is there. After Ctrl-C, a crash, or with new images, run it
-    again.
+    It first writes missing captions, and skips what is already there. Run it again after Ctrl-C or a crash, or with new
+    images.
     """
     from sgid_transforms.bulk import estimate_folder, generate_folder, scan_folder
     from sgid_transforms.captions.store import CaptionStore
@@ -194,8 +194,8 @@ def _say_estimate(estimate: "Estimate", data: Path) -> None:
             ("images", str(estimate.images)),
             ("captions", f"{estimate.captions_missing} to write, {each_caption} each"),
             ("variants", f"{estimate.missing} of {estimate.wanted} to make, {each} each (measured on {estimate.sampled})"),
-            ("time", f"about {duration(estimate.seconds)} on this device, loading of the models not counted"),
-            ("disk", f"about {size(estimate.bytes)} of {size(estimate.free_bytes)} that are free"),
+            ("time", f"about {duration(estimate.seconds)} on this device, without loading the models"),
+            ("disk", f"about {size(estimate.bytes)} of {size(estimate.free_bytes)} free"),
         ]
     )
     if estimate.bytes > estimate.free_bytes:

@@ -26,8 +26,8 @@ BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per for
 ClassNames = Annotated[
     Path | None, typer.Option(metavar="FILE", help='Words for folder names: {"n02123045": "tabby cat"} (JSON or TOML).')
 ]
-Captioner = Annotated[str, typer.Option(metavar="ID", help="Captioning model; auto: the one that goes with the model.")]
-Scorer = Annotated[str, typer.Option(metavar="ID", help="CLIP model for similarities; auto: likewise.")]
+Captioner = Annotated[str, typer.Option(metavar="ID", help="Captioning model; auto: the one that suits the model.")]
+Scorer = Annotated[str, typer.Option(metavar="ID", help="CLIP model for similarities; auto: as for captions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -62,7 +62,7 @@ def shard_from(text: str) -> "Shard":
 
 
 def variant_store(path: Path, readonly: bool = True) -> "VariantStore":
-    """Open a variant store, which must be there."""
+    """Open an existing variant store."""
     from sgid_transforms.variants.store import VariantStore
 
     if not path.is_dir():
@@ -108,7 +108,7 @@ def class_names_from(path: Path | None) -> dict[str, str] | None:
 
 
 class _TwiceError(ValueError):
-    """A name that comes twice: of two words for one class, JSON would take the last without a word."""
+    """A name that occurs twice; JSON would silently take the last one."""
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What commands answer: results on stdout, everything about the work itself on stderr, and an exit code."""
+"""The output of commands: results on stdout, everything about the work itself on stderr, and an exit code."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from sgid_transforms.images.folders import Skipped
 
 ERROR: Final = 1
-"""Nothing could be done; the message says why. (2 is what a wrong command line gives.)"""
+"""Nothing could be done; the message says why. (A wrong command line gives 2.)"""
 
 PARTIAL: Final = 3
-"""Done, but something was left out or is not in order; the output lists it."""
+"""Done, but something was left out or is damaged; the output lists it."""
 
 INTERRUPTED: Final = 130
 """Stopped by Ctrl-C or SIGTERM; what was done is kept."""
@@ -50,7 +50,7 @@ def fail(text: str) -> NoReturn:
 def printable(text: str, encoding: str | None) -> str:
     """Escape what a terminal would obey (control characters other than newlines) or could not encode.
 
-    Whatever the command line prints goes through here, since names, labels and captions may hold anything.
+    Everything that the command line prints goes through here, because names, labels and captions may hold anything.
     """
     encoding = encoding or "utf-8"
     return "\n".join(map(show, text.split("\n"))).encode(encoding, "backslashreplace").decode(encoding)
@@ -129,8 +129,8 @@ def tiny_note(labels: Iterable[str], sizes: Iterable[tuple[int, int]]) -> str | 
     if not found:
         return None
     return (
-        f"the bundled model 'tiny' knows the ten classes of CIFAR-10 at {_TINY_SIZE} x {_TINY_SIZE} pixels, and here are "
-        f"{' and '.join(found)}: its variants show that the pipeline works, but will not help training; for real use take "
+        f"the bundled model 'tiny' knows the ten classes of CIFAR-10 at {_TINY_SIZE} x {_TINY_SIZE} pixels, but your data has "
+        f"{' and '.join(found)}: its variants show that the pipeline works, but will not help training; for real use, give "
         "--model stabilityai/sd-turbo (fast), stable-diffusion-v1-5/stable-diffusion-v1-5, or stabilityai/sdxl-turbo"
     )
 
@@ -142,5 +142,5 @@ def turned_note(count: int) -> str | None:
     images = "1 image is" if count == 1 else f"{count} images are"
     return (
         f"{images} turned upright by the EXIF orientation, which torchvision's ImageFolder ignores: train with "
-        "ImageFolder(DATA, loader=sgid_transforms.images.load_image), or their variants are not found"
+        "ImageFolder(DATA, loader=sgid_transforms.images.load_image), otherwise their variants are not found"
     )

@@ -27,7 +27,7 @@ def preview(
 ) -> int:
     """Draw variants of one IMAGE over strengths and guidances.
 
-    The contact sheet shows what the recipe's two main settings do, to choose them by.
+    The contact sheet shows what the recipe's two main settings do, so that you can choose them.
     """
     from sgid_transforms.building.builder import load_generator
     from sgid_transforms.captions.prepare import Describer
@@ -44,11 +44,11 @@ def preview(
     columns = _numbers(strengths, "--strengths")
     rows = _numbers(guidances, "--guidances") if guidances is not None else _around(wanted.guidance)
     for strength in columns:
-        wanted.replace(strength=strength)  # refuses, in a sentence, what the recipe's number of steps cannot do
+        wanted.replace(strength=strength)  # raises an error if the recipe has too few steps for it
     for guidance in rows:
         wanted.replace(guidance=guidance)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise typer.BadParameter(f"{out} does not end as an image file; name it, for instance, preview.png", param_hint="--out")
+        raise typer.BadParameter(f"{out} has no image file ending; name it, for example, preview.png", param_hint="--out")
     words = clean_label(label)
     try:
         original = to_uint8_chw(load_image(image))
@@ -91,7 +91,7 @@ def preview(
 
 
 def _numbers(text: str, option: str) -> list[float]:
-    """Numbers with commas between them."""
+    """Comma-separated numbers."""
     try:
         numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -25,7 +25,7 @@ def report(
     """Write one HTML page about the variants of a recipe.
 
     It shows originals beside their variants, label consistency and diversity by class, and rejects by reason. The page is
-    one file that loads nothing from anywhere. `--scorer none` leaves out what CLIP measures.
+    one file that loads nothing else. `--scorer none` leaves out what CLIP measures.
     """
     from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.errors import ImageError
@@ -37,7 +37,7 @@ def report(
     models = options.models_from(device, 32, scorer=scorer)
     store = options.variant_store(variants)
     if not captions.exists():
-        fail(f"there is no caption store {captions}; give its file with --captions, or run sgid generate first")
+        fail(f"there is no caption store at {captions}; give its file with --captions, or run sgid generate first")
     chosen = models.scorer_for(wanted)
 
     def original(record: Any) -> Any:  # upright, as the variants were made

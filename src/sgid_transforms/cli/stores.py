@@ -1,4 +1,4 @@
-"""``sgid export``, ``sgid verify`` and ``sgid prune``: work on a store that is there."""
+"""``sgid export``, ``sgid verify`` and ``sgid prune``: work on an existing store."""
 
 import os
 from collections.abc import Collection
@@ -23,7 +23,7 @@ _Checked = Annotated[Path | None, typer.Option("--captions", metavar="FILE", hel
 
 def export(
     data: options.Data,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new, empty, or of an earlier export.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new, empty, or from an earlier export.")],
     variants: options.Variants = Path("variants"),
     recipe: options.RecipeFile = None,
     model: options.Model = None,
@@ -34,9 +34,8 @@ def export(
 ) -> int:
     """Write variants as an ordinary folder of class folders.
 
-    OUT gets class folders named as DATA's, and a metadata.jsonl: torchvision's ImageFolder and Hugging Face's imagefolder
-    both read it. Files are copied as they are. Variants that were made under another caption or label than the caption store
-    has now are left out.
+    OUT gets the same class folders as DATA, and a metadata.jsonl: torchvision's ImageFolder and Hugging Face's imagefolder
+    both read it. Files are copied unchanged. Variants that were made with an outdated caption or label are left out.
     """
     from sgid_transforms.bulk import scan_folder
     from sgid_transforms.bulk.export import export_folder
@@ -72,10 +71,10 @@ def verify(
 ) -> int:
     """Check every file of a variant store, and captions.
 
-    Each is read, decoded, and compared with its digest. After --repair, `sgid generate` makes what was damaged again. With
-    --captions, every record is compared with its digest, and variants of the recipe that training does not find any more are
-    counted: their text has changed since. A caption store that is damaged as a file is replaced by what can be read of it;
-    the old one stays beside it as FILE.damaged.
+    Each is read, decoded, and compared with its digest. After --repair, `sgid generate` makes damaged variants again. With
+    --captions, every record is compared with its digest, and variants of the recipe that training no longer finds, because
+    their text has changed, are counted. If the caption store itself is damaged, --repair replaces it by what can be read of
+    it; the old one stays beside it as FILE.damaged.
     """
     texts = _check_captions(captions, repair) if captions is not None else None
     store = options.variant_store(variants, readonly=not repair)
@@ -85,7 +84,7 @@ def verify(
         fail(f"could not repair {variants}: {error}" if repair else str(error))
     found = [("damaged", path) for path in report.damaged] + [("foreign", path) for path in report.foreign]
     if repair and any(os.path.lexists(path) for _, path in found):
-        again = options.variant_store(variants).verify()  # a training may have made a damaged variant anew meanwhile
+        again = options.variant_store(variants).verify()  # a training may have made a damaged variant again meanwhile
         if left := len(again.damaged) + len(again.foreign):
             fail(f"could not repair {variants}: {left} files could not be moved; check that the folder can be written")
     outdated = len(_outdated(store, captions, options.recipe_from(recipe, model))) if captions is not None else None
@@ -98,7 +97,7 @@ def verify(
             for key in texts.damaged:
                 say(f"  damaged: {show(key)}")
         if outdated is not None:
-            say(f"{outdated} out of date: the caption, label or guidance of their image has changed (sgid prune removes them)")
+            say(f"{outdated} outdated variants: their image's caption, label or guidance has changed (sgid prune removes them)")
         say(f"{report.checked} files checked, {len(report.damaged)} damaged, {len(report.foreign)} foreign")
         for kind, path in found:
             say(f"  {kind}: {show(path)}")
@@ -120,15 +119,15 @@ def prune(
 ) -> None:
     """Remove the variants of recipes that you no longer use.
 
-    It removes only files that a store writes. With --captions, it also removes variants of the kept recipes that training does
-    not find any more, because the caption, label or guidance of their image has changed since.
+    It removes only files that a store writes. With --captions, it also removes variants of the kept recipes that training no
+    longer finds, because the caption, label or guidance of their image has changed.
     """
     store = options.variant_store(variants, readonly=not yes)
     stats = store.stats()
     there = sorted({*stats.variants, *stats.failures})
     kept = {_fingerprint(name, there) for name in keep}
     removed = {name: stats.variants.get(name, 0) for name in there if name not in kept}
-    recipes = [_recipe(name) for name in keep if name not in there]  # of a mere fingerprint, the texts are not known
+    recipes = [_recipe(name) for name in keep if name not in there]  # a bare fingerprint does not tell the texts
     outdated = [ref for recipe in recipes if captions is not None for ref in _outdated(store, captions, recipe)]
     freed = sum(stats.bytes.get(name, 0) for name in removed) + sum(ref.path.stat().st_size for ref in outdated)
     if yes and removed:
@@ -149,7 +148,7 @@ def prune(
 
 
 def _fingerprint(name: str, there: Collection[str]) -> str:
-    """The fingerprint that a user means, which must be in the store: a slip would remove everything."""
+    """The fingerprint that a user means. It must be in the store, because a typing error would remove everything."""
     if name in there:
         return name
     recipe = _recipe(name)
@@ -174,7 +173,7 @@ def _check_captions(captions: Path, repair: bool) -> "CaptionsReport":
 
 
 def _outdated(store: "VariantStore", captions: Path, recipe: "Recipe") -> "list[VariantRef]":
-    """Variants and remembered rejections that no image's present text leads to."""
+    """Variants and remembered rejections that no image's current text leads to."""
     from sgid_transforms.building.address import Address
     from sgid_transforms.captions.store import CaptionStore
 

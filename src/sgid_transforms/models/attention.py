@@ -1,4 +1,4 @@
-"""Which attention code runs: PyTorch's own (SDPA), or xFormers where one of its kernels has been seen to run."""
+"""Choice of attention: PyTorch's own (SDPA), or xFormers if a probe has run one of its kernels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def apply_attention(
     if attention == "auto":
         return
     pipeline.enable_xformers_memory_efficient_attention()
-    # diffusers can do nothing here without an error, so ask the layers.
+    # diffusers may silently do nothing here, so check the layers.
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     names = sorted({type(processor).__name__ for processor in getattr(model, "attn_processors", {}).values()})
     if not any("XFormers" in name for name in names):
@@ -60,7 +60,7 @@ def probe_xformers(device: str | torch.device = "cpu", dtype: torch.dtype | None
         return f"it is not installed ({error})"
     except Exception as error:
         return f"it cannot be imported ({type(error).__name__}: {error})"
-    # Built for another PyTorch, it can be imported and still runs: what runs then are PyTorch's own operators.
+    # A build for another PyTorch can be imported and even runs, but with PyTorch's own operators.
     if getattr(_cpp_lib, "_cpp_library_load_exception", None) is not None:
         return f"it is built for another PyTorch than {torch.__version__}, so its kernels do not load"
     try:
@@ -84,7 +84,7 @@ def _difference_from_sdpa(attention: Any, device: torch.device, dtype: torch.dty
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Hide what xFormers prints, logs and warns while it is imported; what matters of it is in the probe's answer."""
+    """Hide what xFormers prints, logs and warns on import; the probe reports what matters."""
     logger = logging.getLogger("xformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

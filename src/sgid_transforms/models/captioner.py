@@ -1,4 +1,4 @@
-"""Captions from pixels, by BLIP, Florence-2, or a chat model of transformers that sees images (SmolVLM, Qwen-VL)."""
+"""Captions from pixels, by BLIP, Florence-2, or a vision-language chat model of transformers (SmolVLM, Qwen-VL)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sgid_transforms.recipe.checks import choice
 from sgid_transforms.recipe.prompts import CAPTION_MODES, with_article, without_name
 
 BLIP = "Salesforce/blip-image-captioning-base"
-"""The captioner of the SGID paper's family (Li et al. 2022, arXiv 2201.12086); the default next to any real model."""
+"""The captioner of the SGID paper's family (Li et al. 2022, arXiv 2201.12086); the default for every model but ``tiny``."""
 
 
 _PREFIX = "a photo of "
@@ -28,16 +28,17 @@ _ASKED = {
         "the colours. Do not name what the photo shows."
     ),
 }
-"""What chat models are asked, by mode."""
+"""The instruction for chat models, by mode."""
 
 
 class Captioner:
-    """Writes one caption per image, the same one every time, so that captions can be kept.
+    """Writes one caption per image, always the same one, so that captions can be stored.
 
-    Three modes: ``free`` captions come from the pixels alone. ``label`` captions describe the image as one of its label:
-    "a tabby cat sitting on a couch". ``context`` captions say what is seen beside the object and never name it: "sitting on
-    a couch". BLIP and other models without a chat template go on from the text "a photo of a tabby cat" (conditional
-    captioning); chat models get an instruction through their own template. Florence-2 writes ``free`` captions only.
+    There are three modes. ``free`` captions come from the pixels alone. ``label`` captions describe the image and name its
+    label: "a tabby cat sitting on a couch". ``context`` captions describe everything but the object, and never name it:
+    "sitting on a couch". BLIP and other models without a chat template continue the text "a photo of a tabby cat"
+    (conditional captioning); chat models get an instruction through their own template. Florence-2 writes only ``free``
+    captions.
 
     Args:
         path: ``"tiny"`` (bundled), a checkpoint id, or a local folder. Only safetensors are loaded, never remote code.
@@ -45,11 +46,11 @@ class Captioner:
         batch_size: Images per forward pass.
         num_beams: Beams of the search; 1 is greedy.
         max_new_tokens: Longest caption, in tokens; fewer where the model's decoder has no room for them.
-        dtype: Of the weights; float32 by default.
+        dtype: Data type of the weights; float32 by default.
         mode: ``"free"``, ``"label"`` or ``"context"``.
 
     Raises:
-        ModelLoadError: The model cannot be loaded, or takes no text and ``mode`` needs one.
+        ModelLoadError: The model cannot be loaded, or ``mode`` needs text input and the model takes none.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Captioner:
                 f"the captioner {path!r} is a Florence-2, which takes no text beside its task, so caption_mode={mode!r} cannot "
                 "work; use caption_mode='free', or another captioner"
             )
-        # A decoder has no positions beyond its last: the bundled one ends at 40, with the start token among them.
+        # A decoder has a fixed number of positions: the bundled one has 40, including the start token.
         text = getattr(model.config, "text_config", None)
         self._positions: int | None = None if self._chats else getattr(text, "max_position_embeddings", None)
         self._length = max_new_tokens
@@ -104,11 +105,11 @@ class Captioner:
         """Captions of uint8 RGB images ``(3, H, W)``, of any sizes; one line each, possibly empty.
 
         Args:
-            images: What is described.
+            images: The images to describe.
             labels: The class name of each, in words; not used in mode ``free``.
 
         Raises:
-            ValueError: The mode needs labels, and there are none.
+            ValueError: The mode needs labels, and some are missing.
         """
         if self.mode == "free":
             labels = [""] * len(images)
@@ -117,7 +118,7 @@ class Captioner:
                 f"caption_mode={self.mode!r} needs the label of each image; pass labels, or use caption_mode='free'"
             )
         captions = [""] * len(images)
-        # Images of one label share a batch: their texts have one length, and padding is another matter for each model.
+        # Images with the same label share a batch: their texts have equal length, and padding differs from model to model.
         order = sorted(range(len(images)), key=lambda index: labels[index])
         for label, group in itertools.groupby(order, key=lambda index: labels[index]):
             same = list(group)
@@ -130,19 +131,19 @@ class Captioner:
     def _write(self, images: Sequence[torch.Tensor], label: str) -> list[str]:
         from torchvision.transforms.v2.functional import to_pil_image
 
-        # PIL says which axis is which; of an array 3 pixels high, processors take the rows for channels.
+        # PIL images make the axes clear: in an array 3 pixels high, processors mistake rows for channels.
         pictures = [to_pil_image(image) for image in images]
         options: dict[str, Any] = {"return_tensors": "pt"}
         if self._chats:
             asked = {"type": "text", "text": _ASKED[self.mode].format(label=with_article(label))}
             chats = [[{"role": "user", "content": [{"type": "image", "image": picture}, asked]}] for picture in pictures]
             texts = self._processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-            # Generation goes on from the end of each text, so shorter ones are padded in front.
+            # Generation continues from the end of each text, so shorter ones are padded on the left.
             self._processor.tokenizer.padding_side = "left"
             inputs = self._processor(images=[[picture] for picture in pictures], text=texts, padding=True, **options)
         elif self._has_tasks or self.mode != "free":
             given_text = _FLORENCE_TASK if self._has_tasks else _PREFIX + with_article(label)
-            if self._positions is not None and not self._has_tasks:  # a label of many words must leave room for the caption
+            if self._positions is not None and not self._has_tasks:  # a long label must leave room for the caption
                 options |= {"truncation": True, "max_length": self._positions // 2}
             inputs = self._processor(images=pictures, text=[given_text] * len(pictures), **options)
         else:

@@ -1,7 +1,7 @@
-"""What a checkpoint is, before any of its weights are read: where it lies, and whether it can be used at all.
+"""Finds a checkpoint and checks that it can be used, before any of its weights are read.
 
-All checks read JSON and file names only. Weights are accepted as safetensors and nothing else: a pickle runs code when it
-is opened, and so does a custom pipeline.
+All checks read JSON and file names only. Weights must be safetensors: a pickle can run code when it is opened, and so can a
+custom pipeline.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNSUPPORTED_FAMILIES: dict[str, str] = {
 
 
 def resolve_model(model: str, part: str = "pipeline") -> str:
-    """Where a model is: the bundled folder for ``"tiny"``, anything else as it is (a folder, or a hub id).
+    """Where a model is: the bundled folder for ``"tiny"``, else the given folder or hub id.
 
     Args:
         model: ``"tiny"``, a local folder, or a hub id like ``"stabilityai/sd-turbo"``.
@@ -67,7 +67,7 @@ def check_pipeline_folder(folder: str | Path) -> None:
         if not part.is_dir():
             raise ModelLoadError(f"{folder} has no folder {name!r} for the {kind} that its model_index.json names")
         if (part / f"{library}.py").is_file():
-            raise ModelLoadError(f"{folder} asks to run code of its own ({name}/{library}.py), which is never run")
+            raise ModelLoadError(f"{folder} needs custom code ({name}/{library}.py), which is never run")
         if not kind.endswith(_WEIGHTLESS):
             check_weights(part, f"{name} of {folder}")
         if name == "unet" and (part / "config.json").is_file():
@@ -76,7 +76,7 @@ def check_pipeline_folder(folder: str | Path) -> None:
 
 def check_weights(folder: Path, name: str) -> None:
     """Raise `ModelLoadError` if a folder holds a model's config, but no safetensors weights beside it."""
-    if not (folder / "config.json").is_file():  # nothing that has weights
+    if not (folder / "config.json").is_file():  # a part without weights
         return
     if any(folder.glob("*.safetensors")):
         return
@@ -90,15 +90,15 @@ def check_weights(folder: Path, name: str) -> None:
 
 
 def check_pipeline_config(config: Mapping[str, Any], name: str) -> str:
-    """The family of a pipeline by its ``model_index.json``, if it is one of images to images.
+    """The family of an image-to-image pipeline, from its ``model_index.json``.
 
     Raises:
-        ModelLoadError: It is not, or it would need code of its own.
+        ModelLoadError: It is not an image-to-image pipeline, or it needs custom code.
     """
     kind = config.get("_class_name")
     if isinstance(kind, list):
         raise ModelLoadError(
-            f"{name} is a custom pipeline ({kind[-1]}), whose own code would have to be run, which is never done"
+            f"{name} is a custom pipeline ({kind[-1]}), and custom code is never run; choose a pipeline of diffusers itself"
         )
     if not isinstance(kind, str):
         raise ModelLoadError(f"{name} names no pipeline class in its model_index.json; give a folder made by save_pretrained")
@@ -114,13 +114,13 @@ def check_pipeline_config(config: Mapping[str, Any], name: str) -> str:
 
 
 def check_unet(config: Mapping[str, Any], name: str) -> None:
-    """Raise `ModelLoadError` if a UNet reads a mask or a second image beside the latents, which no image-to-image call has.
+    """Raise `ModelLoadError` if a UNet reads a mask or a second image beside the latents, which image-to-image lacks.
 
-    Such a UNet has more channels of input than of output. Kandinsky's and IF's have fewer: they also write variances.
+    Such a UNet has more input than output channels. Kandinsky's and IF's have fewer: they also predict variances.
     """
     read, written = config.get("in_channels") or 4, config.get("out_channels") or 4
     if read > written:
-        kind = {9: "an inpainting checkpoint", 8: "an InstructPix2Pix checkpoint"}.get(read, "no image-to-image checkpoint")
+        kind = {9: "an inpainting checkpoint", 8: "an InstructPix2Pix checkpoint"}.get(read, "not an image-to-image checkpoint")
         raise ModelLoadError(f"{name} is {kind} (its UNet reads {read} channels and writes {written}); {_WAY_OUT}")
 
 
@@ -139,7 +139,7 @@ def image_to_image_family(class_name: str) -> str | None:
 
 
 def components(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Components that a ``model_index.json`` names, as (library, class); those that are absent by choice are left out."""
+    """Components that a ``model_index.json`` names, as (library, class); optional ones that are absent are left out."""
     found = {}
     for name, entry in config.items():
         if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry:
@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ModelLoadError: It cannot be read, or is none.
+        ModelLoadError: The file cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

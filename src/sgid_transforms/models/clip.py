@@ -17,8 +17,8 @@ from sgid_transforms.models.loading import default_dtype, is_offline, quiet
 
 LABEL_TEMPLATE = "a photo of a {label}"
 
-_LONGEST = 16  # times as long as high: more is cut before it is resized
-_TEXT_CACHE = 4096  # label prompts come again and again; captions do not, so the cache is bounded
+_LONGEST = 16  # aspect ratio; longer images are cropped before they are resized
+_TEXT_CACHE = 4096  # label prompts repeat and captions do not, so the cache is bounded
 
 
 class CLIPScorer:
@@ -35,7 +35,7 @@ class CLIPScorer:
     Args:
         path: ``"tiny"`` (bundled), a local folder, or a hub id such as ``"openai/clip-vit-base-patch32"``.
         device: Where the model runs.
-        dtype: Of the weights; None: float32 on a CPU, else bfloat16, or float16 where there is none.
+        dtype: Data type of the weights; None: float32 on a CPU, else bfloat16, or float16 where bfloat16 is not supported.
         batch_size: Images or texts in one forward pass.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Never ask the hub; None: only when ``HF_HUB_OFFLINE`` is set.
@@ -126,7 +126,7 @@ class CLIPScorer:
         """Cosine of each image with the text at the same position, float32 ``(N,)`` in [-1, 1].
 
         Raises:
-            GenerationError: There are not as many texts as images.
+            GenerationError: Images and texts differ in number.
         """
         if len(images) != len(texts):
             raise GenerationError(f"{len(images)} images but {len(texts)} texts; pass one text for each image")
@@ -136,7 +136,7 @@ class CLIPScorer:
         """Cosine of each image with the other one at the same position, float32 ``(N,)`` in [-1, 1].
 
         Raises:
-            GenerationError: There are not as many of one as of the other.
+            GenerationError: The two lists differ in length.
         """
         if len(images) != len(others):
             raise GenerationError(f"{len(images)} images but {len(others)} others; pass them in pairs")
@@ -155,10 +155,10 @@ class CLIPScorer:
         return self.probabilities(self.image_features(images), labels)
 
     def probabilities(self, image_features: Tensor, labels: Sequence[str]) -> Tensor:
-        """As `label_probabilities`, for image features ``(N, D)`` that were computed before.
+        """Like `label_probabilities`, for image features ``(N, D)`` that are already computed.
 
         Raises:
-            GenerationError: There are no labels, or one comes twice.
+            GenerationError: There are no labels, or one is repeated.
         """
         if not labels:
             raise GenerationError("there are no labels to choose from; pass the class names of the data set")
@@ -169,11 +169,11 @@ class CLIPScorer:
         return (scale * image_features @ texts.T).softmax(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Small pickles: another process loads the model itself.
+        # Keeps pickles small: another process loads the model itself.
         return self.__dict__ | {"_model": None, "_tokenizer": None, "_processor": None, "_texts": OrderedDict()}
 
     def _middle(self, image: Tensor) -> Tensor:
-        """The part of a very long image that is left after the processor's crop: it resizes first, which takes gigabytes."""
+        """The middle of a very long image. The processor crops to it as well, but resizes first, which takes gigabytes."""
         longest = _LONGEST * min(image.shape[1:])
         if max(image.shape[1:]) <= longest or not getattr(self._processor, "do_center_crop", False):
             return image
@@ -190,7 +190,7 @@ class CLIPScorer:
         if Path(source).is_dir():
             if not (Path(source) / "config.json").is_file():
                 raise ModelLoadError(
-                    f"{source} has no config.json, so it is no CLIP model; give a folder made by save_pretrained"
+                    f"{source} has no config.json, so it is not a CLIP model; give a folder made by save_pretrained"
                 )
             check_weights(Path(source), source)
         common: dict[str, Any] = {"revision": self.revision, "local_files_only": offline}
@@ -218,6 +218,6 @@ class CLIPScorer:
 
 
 def _normalised(output: Any) -> Tensor:
-    """Features as unit vectors; newer versions of transformers wrap them into an output object."""
+    """Features as unit vectors; newer versions of transformers wrap them in an output object."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()

@@ -1,4 +1,4 @@
-"""From the name of a model to a diffusers pipeline that is ready to run: weights, attention, LoRA, memory, compilation."""
+"""Loads a diffusers pipeline by its name and makes it ready to run: weights, attention, LoRA, memory, compilation."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device of that name, if models can run there.
 
     Raises:
-        ModelLoadError: There is none, or not in this machine.
+        ModelLoadError: The name is not a device, or this machine does not have it.
     """
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         raise ModelLoadError(f"{device!r} is not a device; give cpu, cuda, cuda:1 or mps") from None
-    try:  # of any accelerator that PyTorch knows, those of other packages included
+    try:  # any accelerator that PyTorch knows, including those of other packages
         backend: Any = torch.get_device_module(found)
     except RuntimeError:
         raise ModelLoadError(f"{str(found)!r} cannot run these models; give cpu, cuda or mps") from None
@@ -43,7 +43,7 @@ def check_device(device: str | torch.device) -> torch.device:
         kind = found.type.upper()
         raise ModelLoadError(f"PyTorch {torch.__version__} sees no {kind} device; use the device cpu, or see `sgid doctor`")
     if found.type != "cpu" and (found.index or 0) >= backend.device_count():
-        raise ModelLoadError(f"{str(found)!r} is not among the {backend.device_count()} devices")
+        raise ModelLoadError(f"there is no device {str(found)!r}; PyTorch sees {backend.device_count()} of this kind")
     return found
 
 
@@ -62,16 +62,16 @@ def load_pipeline(
 ) -> Any:
     """Load a diffusers image-to-image pipeline and move it to its device.
 
-    Only safetensors are read, and no code of a checkpoint is run. Everything that can be refused without weights is refused
-    before they are read or fetched.
+    Only safetensors are read, and no code of a checkpoint is run. Whatever can be checked without weights is checked before
+    they are read or downloaded.
 
     Args:
         model: ``"tiny"`` (bundled), a local folder in diffusers' layout, or a hub id.
         revision: Branch, tag or commit of a hub id.
         device: Where the pipeline runs.
-        dtype: Of the weights; None: `default_dtype` of the device.
+        dtype: Data type of the weights; None: `default_dtype` of the device.
         variant: Suffix of the weight files, like ``"fp16"``; None: ``fp16`` files for half precision and plain ones for
-            float32 where both are there, else those that are.
+            float32 where both exist, else whichever exist.
         local_files_only: Never ask the hub; None: only when ``HF_HUB_OFFLINE`` is set.
         attention: ``"auto"`` (PyTorch's SDPA) or ``"xformers"`` (after a probe has run a real kernel).
         lora: LoRA weights to fuse into the model: a ``.safetensors`` file, a folder, or a hub id. Needs peft.
@@ -79,7 +79,7 @@ def load_pipeline(
         cpu_offload: Keep modules on the CPU and move each to the device while it runs, for accelerators with little memory.
 
     Raises:
-        ModelLoadError: The model cannot be used; one sentence says why.
+        ModelLoadError: The model cannot be used; the message says why.
         GenerationError: xFormers was asked for and cannot run here.
 
     Examples:
@@ -114,10 +114,10 @@ def load_pipeline(
 
 
 def check_model(model: str, *, revision: str | None = None, local_files_only: bool | None = None) -> str:
-    """Refuse a model that cannot turn images into images, by its small JSON files alone; return its folder or hub id.
+    """Refuse a model that is not image-to-image, by its small JSON files alone; returns its folder or hub id.
 
     Raises:
-        ModelLoadError: One sentence says why, and what to do.
+        ModelLoadError: The model is refused; the message says why, and what to do.
     """
     source = resolve_model(model)
     with quiet():
@@ -158,7 +158,7 @@ def is_offline() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing below an error from diffusers and transformers, and no progress bars; the user's settings come back afterwards.
+    """Hide progress bars and everything but errors from diffusers and transformers; restores the user's settings afterwards.
 
     Downloads keep their progress bars: those come from huggingface_hub, and a wait of minutes should be visible. This is
     also where diffusers may first be imported, so remote code is switched off here, for the whole process.
@@ -170,13 +170,13 @@ def quiet() -> Iterator[None]:
 
     hub: Any = utils
     with ExitStack() as stack:
-        # Deprecated calls from one of these libraries to another.
+        # Ignore deprecated calls between these libraries.
         stack.enter_context(warnings.catch_warnings())
         message = r"[\s\S]*is deprecated and will be removed in version"
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
         warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated", category=UserWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(diffusers|transformers|torch|numpy)(\.|$)")
-        # transformers switches the hub's bars together with its own; if HF_HUB_DISABLE_PROGRESS_BARS is set, they warn.
+        # transformers switches the hub's bars together with its own; if HF_HUB_DISABLE_PROGRESS_BARS is set, the hub warns.
         warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars", category=UserWarning)
         set_downloads = hub.disable_progress_bars if hub.are_progress_bars_disabled() else hub.enable_progress_bars
         stack.callback(set_downloads)
@@ -200,9 +200,9 @@ def denoiser(pipeline: Any) -> Any:
 
 
 def compile_pipeline(pipeline: Any, *, backend: str = "inductor") -> str:
-    """Compile the network's repeated blocks (regional compilation), or all of it where it has none.
+    """Compile the network's repeated blocks (regional compilation), or all of it if it has none.
 
-    Regions compile several times faster than the whole and run as fast. Each batch size compiles once: pad batches to
+    Regions compile several times faster than the whole and run just as fast. Each batch size compiles once: pad batches to
     `padded_sizes`.
 
     Args:
@@ -222,7 +222,7 @@ def compile_pipeline(pipeline: Any, *, backend: str = "inductor") -> str:
 
 
 def padded_sizes(limit: int) -> list[int]:
-    """Batch sizes to compile for: powers of two up to ``limit``, which is always among them; at most eight, the largest.
+    """Batch sizes to compile for: ``limit`` and the powers of two below it, at most the eight largest.
 
     Examples:
         >>> padded_sizes(12)
@@ -233,7 +233,7 @@ def padded_sizes(limit: int) -> list[int]:
 
 
 def _from_pretrained(source: str, variant: str | None, options: dict[str, Any]) -> Any:
-    """The pipeline with the weight files of a variant, or with those that suit the dtype best and are there."""
+    """Load the pipeline with the weight files of a variant, or with the existing ones that suit the dtype best."""
     from diffusers import AutoPipelineForImage2Image
 
     suffixes = [variant]
@@ -270,7 +270,7 @@ def _fuse_lora(pipeline: Any, lora: str, scale: float, offline: bool) -> None:
 
 
 def _lora_file(lora: str, path: Path) -> Path:
-    """The one safetensors file that a path is, or that lies in a folder."""
+    """The safetensors file at a path, or the only one in a folder."""
     files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
     weights = [file for file in files if file.suffix == ".safetensors"]
     if len(weights) > 1:
@@ -298,7 +298,7 @@ def _explain(error: Exception, source: str, offline: bool) -> ModelLoadError:
 
     text = str(error)
     if is_due_to(errors.GatedRepoError):
-        why = "asks for agreement to its licence first; accept it on the hub and log in with `hf auth login`"
+        why = "requires agreement to its licence first; accept it on the hub and log in with `hf auth login`"
     elif is_due_to(errors.RevisionNotFoundError):
         why = "has no such revision; give an existing branch, tag or commit"
     elif is_due_to(errors.RepositoryNotFoundError):

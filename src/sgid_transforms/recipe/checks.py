@@ -9,7 +9,7 @@ from sgid_transforms.errors import RecipeError
 
 
 def number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> float:
-    """``value`` as a finite float within the bounds, -0.0 as 0.0. Ints and NumPy's numbers will do, bools and strings not."""
+    """``value`` as a finite float within the bounds, -0.0 as 0.0. Ints and NumPy numbers pass; bools and strings do not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RecipeError(f"{name} is {value!r}; it must be a number")
     try:
@@ -34,20 +34,20 @@ def integer(name: str, value: object, *, minimum: int, maximum: int) -> int:
 
 
 def pair(name: str, value: object) -> tuple[object, object]:
-    """``value`` as a pair; lists (as TOML has them) and tuples are the same."""
+    """``value`` as a pair; lists (as in TOML) and tuples are equivalent."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise RecipeError(f"{name} is {value!r}; it must be a pair (low, high)")
     return value[0], value[1]
 
 
 def text(name: str, value: object) -> str:
-    """``value`` as a string that UTF-8 can encode (lone surrogates have no bytes, neither in a file nor in a tokenizer)."""
+    """``value`` as a string that UTF-8 can encode: neither files nor tokenizers can hold lone surrogates."""
     if not isinstance(value, str):
         raise RecipeError(f"{name} is {value!r}; it must be a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RecipeError(f"{name} {value!r} holds half a character (a lone surrogate); remove it") from None
+        raise RecipeError(f"{name} {value!r} holds a lone surrogate (half a character); remove it") from None
     return value
 
 
@@ -60,7 +60,7 @@ def choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def known_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
-    """Refuse the first of ``names`` that is not ``allowed``, with the nearest spelling that is."""
+    """Refuse the first of ``names`` that is not ``allowed``; the message offers the nearest spelling that is."""
     options = tuple(allowed)
     for name in names:
         if name not in options:
@@ -75,5 +75,5 @@ def did_you_mean(word: object, options: Iterable[str]) -> str:
 
 def _bounds(minimum: float, maximum: float) -> str:
     if maximum == math.inf:
-        return f"the finite numbers from {minimum:g} up" if minimum > -math.inf else "the finite numbers"
+        return f"the finite numbers >= {minimum:g}" if minimum > -math.inf else "the finite numbers"
     return f"{minimum:g} to {maximum:g}"

@@ -1,7 +1,7 @@
-"""Similarity to guidance scale, and everything else about a variant that follows from its name alone.
+"""Guidance scale from similarity, and everything else about a variant that follows from its name alone.
 
-A variant is named by (recipe fingerprint, image key, variant number, user seed). Its noise seed and its strength are hashes
-of that name, so that they depend neither on the batch, nor on the number of workers, nor on any random state.
+A variant is named by (recipe fingerprint, image key, variant number, user seed). Its noise seed and its strength come from
+hashes of that name, so they do not depend on the batch, the number of workers, or any random state.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ class SimilarityGuidance:
     """Guidance scale that follows how well the prompt describes the image.
 
     ``scale = low + (high - low) * rank``, where ``rank`` in [0, 1] is the rank of the CLIP cosine of (image, prompt) within
-    the data set: raw cosines differ by model, ranks do not. A text that describes its image well may steer hard; one that
-    does not must not pull the image away from its label. Which direction the paper uses is not published
-    (Li et al., AAAI 2024, arXiv 2302.02070); this one is the project's own choice.
+    the data set: raw cosines differ by model, ranks do not. A text that describes its image well may guide it strongly; one
+    that does not must not pull the image away from its label. The paper (Li et al., AAAI 2024, arXiv 2302.02070) does not say
+    in which direction the scale goes; this one is the project's own choice.
 
     Args:
         low: scale of the image that its prompt describes worst (best, if ``reverse``); at least 0.
@@ -81,7 +81,7 @@ def rank_similarities(values: Sequence[float | None]) -> list[float | None]:
     """Ranks of similarities in [0, 1]: 0 for the lowest, 1 for the highest, in between by order, not by distance.
 
     Equal values share the mean of their ranks, so the result does not depend on the order of the data set; a single
-    known value gets 0.5. ``None`` and NaN are unknown: they stay ``None`` and do not count.
+    known value gets 0.5. ``None`` and NaN are unknown: their rank is ``None``, and they do not count.
     """
     ranks: list[float | None] = [None] * len(values)
     known = sorted((value, index) for index, value in enumerate(values) if value is not None and not math.isnan(value))
@@ -123,7 +123,7 @@ def variant_strength(strength: float | tuple[float, float], fingerprint: str, ke
 
 
 def context_draw(fingerprint: str, key: str, variant: int, seed: int) -> int:
-    """64 bits by which one variant's context is drawn. The arguments are those of `variant_seed`."""
+    """64 bits that choose one variant's context. The arguments are those of `variant_seed`."""
     return _hash64("context", fingerprint, key, variant, seed)
 
 

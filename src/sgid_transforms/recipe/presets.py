@@ -20,17 +20,16 @@ class Preset(TypedDict):
     caption_from: str
 
 
-# The bundled model. These numbers are written nowhere else: tune them here.
-# Sampler and steps: fit for any strength, and fast; how they were picked, on the first edition of the weights, is in
-# docs/generation.md (benchmarks/quality_speed.py). Strength: below 0.9 this model changes little, and a classifier gains most
-# above. Guidance: unfiltered variants keep their label there; with a label filter it may be lower (both in docs/results.md).
+# The bundled model. These numbers are written nowhere else: tune them here. Its UNet was distilled to four DDIM steps and takes
+# its guidance scale, from 1 to 7, as an input. Strength: below 0.7, a variant still looks like its original. Contexts:
+# docs/results.md.
 TINY: Final[Preset] = {
     "model": "tiny",
-    "strength": (0.9, 1.0),
-    "guidance": SimilarityGuidance(2.0, 4.0),
+    "strength": (0.7, 1.0),
+    "guidance": SimilarityGuidance(3.0, 7.0),
     "guidance_interval": (0.0, 1.0),
-    "num_inference_steps": 3,
-    "sampler": "dpmsolver++",
+    "num_inference_steps": 4,
+    "sampler": "ddim",
     "exact_strength": True,
     "resolution": None,
     "caption_mode": "free",
@@ -38,8 +37,8 @@ TINY: Final[Preset] = {
 }
 
 # Edition of the bundled weights. It is part of the fingerprint of every `tiny` recipe, so that images of older weights are
-# not taken for images of newer ones: raise it whenever other weights are put into `sgid_transforms/assets/tiny/pipeline`.
-TINY_EDITION: Final = 3
+# not mistaken for images of newer ones: raise it whenever the weights in `sgid_transforms/assets/tiny/pipeline` change.
+TINY_EDITION: Final = 4
 
 PRESETS: Final[dict[str, Preset]] = {
     "tiny": TINY,
@@ -88,7 +87,7 @@ PRESETS: Final[dict[str, Preset]] = {
         "caption_from": "own",
     },
     # Model card of SimianLuo/LCM_Dreamshaper_v7: guidance 8, 1 to 8 steps recommended, 4 in diffusers' image-to-image example.
-    # It runs all its steps at any strength, and is told its guidance scale as an input, so that guidance costs no second
+    # It runs all its steps at any strength, and takes its guidance scale as an input, so that guidance costs no second
     # pass. The spread around 8 is the project's own choice.
     "lcm": {
         "model": "SimianLuo/LCM_Dreamshaper_v7",

@@ -1,4 +1,4 @@
-"""Label and caption into one prompt that fits the text encoder. Both are data: nothing in them is ever interpreted."""
+"""Joins label and caption into one prompt that fits the text encoder. Both are plain data and never interpreted."""
 
 import re
 import string
@@ -27,7 +27,7 @@ def clean_label(name: str, class_names: Mapping[str, str] | None = None) -> str:
 
     Args:
         name: class name as the data set has it: ``tabby_cat``, ``Class_07``, ``n02123045``.
-        class_names: words for names that say nothing, such as ``{"n02123045": "tabby cat"}``; its values are used as they
+        class_names: words for coded names, such as ``{"n02123045": "tabby cat"}``; its values are used as they
             are. A name that is not in it is cleaned like any other.
 
     Raises:
@@ -40,21 +40,21 @@ def clean_label(name: str, class_names: Mapping[str, str] | None = None) -> str:
 
 
 def with_article(noun: str) -> str:
-    """``a cat``, ``an airplane``; by the first letter, which is right for nearly all class names."""
+    """``a cat``, ``an airplane``: chosen by the first letter, which is right for nearly all class names."""
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}" if noun else ""
 
 
 def names(text: str, name: str) -> bool:
-    """Whether a text names a class: its words one after the other, in any case, the last one also in the plural."""
+    """Whether a text names a class: its words in order, in any case; the last one may be plural."""
     words = r"\W+".join(map(re.escape, re.findall(r"\w+", name)))
     return bool(words) and re.search(rf"(?<!\w){words}(?:s|es)?(?!\w)", text, re.IGNORECASE) is not None
 
 
 def context_of(caption: str) -> str:
-    """What a caption says beside its subject, so that it can be said of another image as well.
+    """What a caption says about everything but its subject, so that it can describe another image as well.
 
-    The subject is the noun phrase at the head: all before the first comma or preposition. A caption that begins with a
-    preposition begins with a piece of context, and its subject comes after that piece.
+    The subject is the noun phrase at the start: everything before the first comma or preposition. If a caption begins with a
+    preposition, it begins with a piece of context, and the subject follows that piece.
 
     Examples:
         >>> context_of("a cat sitting on a red sofa")
@@ -78,7 +78,7 @@ def context_of(caption: str) -> str:
 
 
 def without_name(text: str, name: str) -> str:
-    """A context without the pieces, between commas, that name a class; where all of them do, without its subject."""
+    """A context without those of its comma-separated pieces that name a class; if all of them do, without its subject."""
     pieces = [piece.strip(_SEPARATORS) for piece in text.rstrip(" .!").split(",")]
     kept = [piece for piece in pieces if piece and not names(piece, name)]
     if not kept:
@@ -89,24 +89,24 @@ def without_name(text: str, name: str) -> str:
 def build_prompt(
     template: str, label: str, caption: str, *, tokenizer: Any | None = None, max_tokens: int | None = None
 ) -> str:
-    """Put label and caption into the template, within the text encoder's number of tokens.
+    """Put label and caption into the template, within the text encoder's token limit.
 
-    The caption is cut at a word; the label and the template's own text never are. Without a caption, the punctuation that
-    joined it to the rest goes too: ``a photo of a {label}, {caption}`` becomes ``a photo of a frog``. Control characters
-    and line breaks in label and caption become spaces; braces stay what they are.
+    A caption that is too long is cut at a word; the label and the template's own text never are. Without a caption, the
+    punctuation that joined it to the rest is dropped: ``a photo of a {label}, {caption}`` becomes ``a photo of a frog``.
+    Control characters and line breaks in label and caption become spaces; braces are kept.
 
     Args:
         template: text with ``{label}`` and ``{caption}``; ``{{`` and ``}}`` stand for braces.
         label: class name in words, see `clean_label`.
         caption: what is in the image; may be empty.
         tokenizer: the model's own tokenizer, called as ``tokenizer(text)["input_ids"]``, special tokens included.
-        max_tokens: most tokens that the prompt may have; ``None``: the tokenizer's ``model_max_length``.
+        max_tokens: token limit of the prompt; ``None``: the tokenizer's ``model_max_length``.
 
     Raises:
-        RecipeError: for a bad template, an empty label, or a label that does not fit even without any caption.
+        RecipeError: for a bad template, an empty label, or a label that does not fit even without a caption.
     """
     parts = parse_template(template)
-    special = [token for token in getattr(tokenizer, "all_special_tokens", ()) if len(token) > 1]  # SDXL's "!" is a mere mark
+    special = [token for token in getattr(tokenizer, "all_special_tokens", ()) if len(token) > 1]  # not SDXL's "!"
     label, words = _plain(label, special), _plain(caption, special).split(" ")
     if not label and any(placeholder == "label" for _, placeholder in parts):
         raise RecipeError("the label is empty; give the class name in words")
@@ -121,7 +121,7 @@ def build_prompt(
     if _count(tokenizer, whole) <= limit:
         return whole
 
-    # More words, more tokens: the most words that fit are found by halving. `fits` is known to fit, `over` not to.
+    # More words mean more tokens, so bisect for the most words that fit: `fits` words do, `over` words do not.
     bare = _render(parts, label, [])
     needed = _count(tokenizer, bare)
     if needed > limit:
@@ -145,7 +145,7 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 
     Raises:
         RecipeError: for unbalanced braces, or a placeholder that is not exactly ``{label}`` or ``{caption}``: attributes,
-            indices, conversions and format specifications would reach into objects, so there are none.
+            indices, conversions and format specifications would reach into objects, so they are refused.
     """
     _checks.text("prompt", template)
     if not template.strip():
@@ -171,7 +171,7 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 
 
 def _render(parts: Sequence[tuple[str, str | None]], label: str, words: Sequence[str]) -> str:
-    """The prompt with these caption words; a caption of none goes together with what joined it to the text."""
+    """The prompt with these caption words; an empty caption is dropped together with its separators."""
     caption = " ".join(words).rstrip(_SEPARATORS) if words else ""
     values = {"label": label, "caption": caption}
     if not caption:
@@ -180,7 +180,7 @@ def _render(parts: Sequence[tuple[str, str | None]], label: str, words: Sequence
 
 
 def _without_caption(parts: Sequence[tuple[str, str | None]], label: str) -> str:
-    """The prompt where each caption, its separator, and brackets with nothing else in them are left out.
+    """The prompt without its captions, their separators, and brackets that held nothing else.
 
     Only the template's own text is trimmed: a label may end in a bracket or a comma and keeps it.
     """
@@ -196,7 +196,7 @@ def _without_caption(parts: Sequence[tuple[str, str | None]], label: str) -> str
 
 
 def _close_gaps(texts: Sequence[str], *, first: bool, last: bool) -> str:
-    """The texts joined where a caption was between them; ``first``/``last``: the prompt starts/ends with them."""
+    """Join the texts around dropped captions; ``first``/``last``: the prompt starts/ends with them."""
     left = texts[0]
     for index, right in enumerate(texts[1:], start=2):
         left, right = left.rstrip(), right.lstrip()
@@ -214,13 +214,13 @@ def _close_gaps(texts: Sequence[str], *, first: bool, last: bool) -> str:
 
 
 def _count(tokenizer: Any, text: str) -> int:
-    # Real tokenizers log a warning about every text over their limit, and texts over the limit are what this module is about.
+    # Real tokenizers log a warning about every text over their limit, but such texts are normal here.
     options = {"verbose": False} if hasattr(tokenizer, "deprecation_warnings") else {}
     return len(tokenizer(text, **options)["input_ids"])
 
 
 def _plain(text: str, special: Sequence[str] = ()) -> str:
-    """One line of text: control characters, line breaks, lone surrogates and ``special`` become spaces, runs of space one."""
+    """Text on one line: control characters, line breaks, lone surrogates, ``special`` and runs of spaces become one space."""
     if not text.isprintable():
         text = "".join(" " if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") else char for char in text)
     for token in special:  # "<|endoftext|>" in a caption would be read as the end of the prompt

@@ -32,9 +32,9 @@ IMAGE_FORMATS: Final = (
     "jpeg",
 )  # "auto": png up to 256 x 256 pixels, jpeg above (docs/stores.md)
 
-MIN_STRENGTH: Final = 0.001  # 1000 steps, the most that a recipe takes, run one step of it; 0 would be the original itself
+MIN_STRENGTH: Final = 0.001  # 1000 steps, the maximum, run one step at this strength; 0 would be the original itself
 
-# Raise it when other code makes other pixels out of the same recipe: it is hashed, and it is the fingerprint's first byte.
+# Raise it when new code makes other pixels from the same recipe. It is hashed, and it is the fingerprint's first byte.
 FINGERPRINT_VERSION: Final = 1
 
 
@@ -43,12 +43,12 @@ class Filters:
     """What a generated image must pass before it counts as a variant. NaN, constant and black images never pass.
 
     Args:
-        label_check: ``"none"``; ``"argmax"``: CLIP, asked for one of the class names, must answer the label (as DISEF does);
+        label_check: ``"none"``; ``"argmax"``: of all class names, CLIP must find the label most probable (as in DISEF);
             ``"threshold"``: CLIP's softmax probability of the label must reach ``label_threshold``.
         label_threshold: probability in [0, 1], over the class names of the data set.
         min_image_similarity: lowest CLIP cosine of (variant, original), in [-1, 1]; below it the variant has drifted too far
             from its original. ``None``: no limit.
-        max_image_similarity: highest such cosine; above it nothing was gained over the original. ``None``: no limit.
+        max_image_similarity: highest such cosine; above it the variant is too close to its original. ``None``: no limit.
         reject_nsfw: reject what the pipeline's safety checker flags (a pipeline without one flags nothing).
         max_retries: further attempts after a rejection, each with another seed, 0 to 100.
 
@@ -85,7 +85,7 @@ class Filters:
             )
 
 
-_BY_MODEL: Any = None  # a default that __post_init__ replaces by what the model's preset has
+_BY_MODEL: Any = None  # __post_init__ replaces it with the value of the model's preset
 _BY_MODEL_FIELDS: Final = (
     "strength", "guidance", "num_inference_steps", "sampler", "guidance_interval", "resolution", "exact_strength",
     "caption_mode", "caption_from",
@@ -94,47 +94,48 @@ _BY_MODEL_FIELDS: Final = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to generate. Two recipes with one `fingerprint` make the same variants.
+    """What to generate. Two recipes with the same `fingerprint` make the same variants.
 
-    Strength, guidance, its interval, steps, sampler and resolution, where left out, are those that suit the model, however the
-    recipe is written: here, by `for_model`, in a TOML file, or by `replace` with another model.
+    Strength, guidance, its interval, steps, sampler, resolution, exact strength, caption mode and caption source default to
+    what suits the model. This holds here, for `for_model`, in a TOML file, and for `replace` with another model.
 
     Args:
         model: ``"tiny"`` (bundled), another preset's name (``"sd-turbo"`` stands for its checkpoint), a diffusers checkpoint
             id, or a local folder.
         revision: branch, tag or commit of the checkpoint; ``None``: its default branch. The content of a local folder is not
-            looked at: give any text here, and change it when the folder changes. A pipeline that you load yourself
-            (``Generator.from_recipe(recipe, pipeline=...)``) needs a name here.
+            checked: give any text here, and change it when the folder changes. For a pipeline that you load yourself
+            (``Generator.from_recipe(recipe, pipeline=...)``), give a name here.
         lora: LoRA weights that are fused into the model: a ``.safetensors`` file, a folder with one, or a hub id; ``None``:
-            none. A local file counts by its content, a hub id by its name.
+            none. The fingerprint covers a local file's content, but only the name of a hub id.
         lora_scale: weight of the LoRA.
         prompt: template in which ``{label}`` and ``{caption}`` are replaced; ``{{`` and ``}}`` stand for braces.
-        negative_prompt: text that guidance steers away from; without effect where the guidance scale is at most 1.
-        strength: share of the noise schedule that is redone, in [0.001, 1]: near 0 returns the original, 1 ignores it. A range
-            ``(low, high)`` is drawn from uniformly, per variant.
-        guidance: classifier-free guidance scale, at least 0, or a `SimilarityGuidance`. At most 1 is no guidance.
+        negative_prompt: text that guidance steers away from; has no effect if the guidance scale is at most 1.
+        strength: share of the noise schedule that is redone, in [0.001, 1]: near 0 returns the original, 1 ignores it. From a
+            range ``(low, high)``, each variant draws its strength uniformly.
+        guidance: classifier-free guidance scale, at least 0, or a `SimilarityGuidance`. Values up to 1 mean no guidance.
         num_inference_steps: steps of the whole schedule, 1 to 1000; ``int(num_inference_steps * strength)`` of them are run,
             at least one (a latent consistency model runs them all, over a shorter range of noise; see also
             ``exact_strength``).
         resolution: the model's working size in pixels: the side of a square whose area is kept for other aspect ratios, or
             ``(height, width)``; ``None``: what the model's card names, else the model's own. Variants come back in the size of
             their original.
-        sampler: ``"ddim"``, ``"euler"``, ``"dpmsolver++"`` (2M), ``"lcm"``, or ``"auto"``: what the checkpoint's scheduler is.
+        sampler: ``"ddim"``, ``"euler"``, ``"dpmsolver++"`` (2M), ``"lcm"``, or ``"auto"``: the checkpoint's own.
         guidance_interval: ``(low, high)`` shares of the noise schedule, 0 clean to 1 pure noise, between which guidance acts;
             outside it the prompt is followed without guidance (Kynkäänniemi et al. 2024, arXiv 2404.07724).
-        exact_strength: start at the very noise level that a strength names, with ``round(num_inference_steps * strength)``
-            steps (at least one) spread evenly below it, instead of at the nearest lower one of a fixed list: with 4 steps,
-            that list takes all strengths from 0.5 to 0.74 for one. Native path only, and not for ``"lcm"``. ``None``: as
-            the model's preset has it, where the sampler allows it.
+        exact_strength: start at exactly the noise level of the strength, with ``round(num_inference_steps * strength)`` steps
+            (at least one) spread evenly below it. Otherwise it starts at the nearest lower level of a fixed list: with 4
+            steps, all strengths from 0.5 to 0.74 are the same. Native path only, and not for ``"lcm"``. ``None``: the value
+            of the model's preset, where the sampler allows it.
         seed: the user's seed, in [0, 2**63).
         filters: see `Filters`.
         image_format: how variants are stored: ``"png"``, ``"webp-lossless"``, ``"webp"``, ``"jpeg"``, or ``"auto"``: by size.
-        caption_mode: what the captioner writes: ``"free"`` captions, from the pixels alone; ``"label"``, which describe the
-            image as one of its label; or ``"context"``, which say what is seen beside the object and never name it.
+        caption_mode: what the captioner writes. ``"free"``: captions from the pixels alone. ``"label"``: captions that
+            describe the image and name its label. ``"context"``: captions of everything but the object, which they never name.
         caption_from: whose caption a variant gets. ``"own"``: that of its image. ``"dataset"``: the context (all but the
-            subject) of an image that is drawn anew for each variant from the whole data set, ``"class"``: from its class.
-        on_contradiction: what is used of a caption that contradicts its label: its ``"context"``, nothing (``"drop"``), or all
-            of it (``"keep"``).
+            subject) of an image drawn from the whole data set, a new one for each variant. ``"class"``: the same, but from its
+            class.
+        on_contradiction: which part of a caption is used if it contradicts its label: its ``"context"``, none (``"drop"``), or
+            all of it (``"keep"``).
 
     Raises:
         RecipeError: for a value of the wrong type or outside its range, in one sentence.
@@ -185,7 +186,7 @@ class Recipe:
         steps = _checks.integer("num_inference_steps", self.num_inference_steps, minimum=1, maximum=1000)
         put(self, "num_inference_steps", steps)
         put(self, "exact_strength", _exact_strength(self.exact_strength, suitable["exact_strength"], self.sampler))
-        # A latent consistency model runs all its steps at any strength (the engine checks it), an exact one at least one.
+        # A latent consistency model runs all steps at any strength (the engine checks it); exact strength runs at least one.
         if self.sampler != "lcm" and not self.exact_strength:
             _check_steps(self.strength[0] if isinstance(self.strength, tuple) else self.strength, steps)
         put(self, "resolution", _resolution(self.resolution))
@@ -206,17 +207,17 @@ class Recipe:
     def fingerprint(self) -> str:
         """24 lowercase hex digits that change with every setting that can change a stored pixel, and with nothing else.
 
-        The first two are the version of the scheme, the others the start of a SHA-256 over the fields as canonical JSON
-        (sorted keys, floats as their shortest decimal form), so that it is the same on every platform and Python version.
+        The first two are the version of the scheme. The others are the start of a SHA-256 over the fields as canonical JSON
+        (sorted keys, floats in their shortest decimal form). They are the same on every platform and Python version.
 
         Raises:
             RecipeError: The LoRA's file cannot be read.
         """
         fields = dataclasses.asdict(self)
         if not self.exact_strength:
-            del fields["exact_strength"]  # it came later than the others: off, it leaves older fingerprints as they were
-        del fields["lora"], fields["lora_scale"]  # as did these
-        # These decide which caption is used, and a variant's address holds that text itself.
+            del fields["exact_strength"]  # added later; left out when off, so that older fingerprints stay the same
+        del fields["lora"], fields["lora_scale"]  # also added later
+        # These decide which caption is used, and a variant's address already covers that text.
         del fields["caption_mode"], fields["on_contradiction"]
         if self.caption_from == "own":
             del fields["caption_from"]
@@ -233,9 +234,9 @@ class Recipe:
         """A recipe by name, with some fields overridden.
 
         ``"tiny"``, ``"sd15"``, ``"lcm"``, ``"sd-turbo"`` and ``"sdxl-turbo"`` are models with the settings that suit them.
-        ``"fine_grained"`` and ``"coarse"`` are ranges of strength for a kind of images: they apply to
-        ``model=`` (a preset's name, a checkpoint id or a folder; ``tiny`` if left out), and raise its number of steps
-        where the lowest strength would run none.
+        ``"fine_grained"`` and ``"coarse"`` are strength ranges for a kind of images. They apply to ``model=`` (a preset's
+        name, a checkpoint id or a folder; by default ``tiny``), and raise its number of steps if the lowest strength would
+        run none.
 
         Raises:
             RecipeError: for an unknown name or field, with the nearest valid spelling, or an invalid value.
@@ -253,7 +254,7 @@ class Recipe:
     def for_model(cls, model: str, **overrides: Any) -> Self:
         """The same as ``Recipe(model=model, **overrides)``.
 
-        A distilled model is known by its name (``sd-turbo``, ``sdxl-turbo``, ``lcm``); any other one gets the steps and the
+        A distilled model is recognised by its name (``sd-turbo``, ``sdxl-turbo``, ``lcm``); any other one gets the steps and
         guidance of ``sd15``.
         """
         return cls._from_settings({"model": model} | overrides)
@@ -265,7 +266,7 @@ class Recipe:
         A line ``preset = "sd-turbo"`` takes that preset's settings instead of the defaults.
 
         Raises:
-            RecipeError: if the file cannot be read, is no TOML, or has an unknown field or an invalid value.
+            RecipeError: if the file cannot be read, is not TOML, or has an unknown field or an invalid value.
         """
         settings = _read_toml(path)
         try:
@@ -285,10 +286,10 @@ class Recipe:
             raise RecipeError(f"{os.fspath(path)}: {error}") from None
 
     def to_toml(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe to a TOML file, all or nothing; `from_toml` reads an equal recipe from it.
+        """Write the recipe to a TOML file atomically; `from_toml` reads an equal recipe from it.
 
         Raises:
-            RecipeError: if the file cannot be written; an existing file is then left as it was.
+            RecipeError: if the file cannot be written; an existing file is left unchanged.
         """
         import tomli_w
 
@@ -302,8 +303,8 @@ class Recipe:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; it is checked like a new recipe.
 
-        With another model, what suited the old one gives way to what suits the new one: every setting that has the old model's
-        default and is not among ``changes``.
+        If the model changes, every setting that still has the old model's default gets the new model's default, unless it is
+        among ``changes``.
         """
         _checks.known_names("a recipe", changes, _names(type(self)))
         if "model" in changes:
@@ -320,7 +321,7 @@ class Recipe:
 
 
 def _minimum_steps(strength: float) -> int:
-    """The smallest ``num_inference_steps`` with which ``strength`` runs a step: ``ceil(1 / strength)``, but for rounding."""
+    """The smallest ``num_inference_steps`` with which ``strength`` runs a step: ``ceil(1 / strength)`` up to rounding."""
     steps = max(1, math.floor(1 / strength))
     while int(steps * strength) < 1:
         steps += 1
@@ -328,7 +329,7 @@ def _minimum_steps(strength: float) -> int:
 
 
 def _check_steps(strength: float, num_inference_steps: int) -> None:
-    """Refuse a strength that would run no step at all, which would return the original; diffusers counts in the same way."""
+    """Refuse a strength that would run no step and so return the original; diffusers counts in the same way."""
     if int(num_inference_steps * strength) < 1:
         raise RecipeError(
             f"strength {strength:g} with {num_inference_steps} steps runs int({num_inference_steps * strength:g}) = 0 steps; "
@@ -346,13 +347,13 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {name}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, or nested too deeply
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, thousands of digits, or nested too deeply
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise RecipeError(f"{name} is not valid TOML: {reason}") from error
 
 
 def _content(lora: str) -> str:
-    """What a LoRA is, for the fingerprint: the digest of a local file's content, else the hub id itself."""
+    """What identifies a LoRA in the fingerprint: the digest of a local file's content, else the hub id itself."""
     path = Path(lora).expanduser()
     if path.is_dir():
         weights = sorted(path.glob("*.safetensors"))
@@ -377,7 +378,7 @@ def _non_empty(name: str, value: object) -> str:
 
 
 def _model(value: object) -> str:
-    """The model's name; a folder that is called as a preset is told from it by a path: ``./sd-turbo``, ``sd-turbo/``."""
+    """The model's name. A folder named like a preset must be written as a path: ``./sd-turbo`` or ``sd-turbo/``."""
     is_path = isinstance(value, os.PathLike)
     name = _non_empty("model", os.fspath(value) if isinstance(value, os.PathLike) else value)
     if name.endswith("/") and name.strip("/"):
