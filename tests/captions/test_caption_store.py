@@ -296,7 +296,7 @@ class TestFiles:
         path = tmp_path / "captions.sqlite"
         path.write_bytes(content)
         for readonly in (False, True):
-            with pytest.raises(StoreError, match="no SQLite file"):
+            with pytest.raises(StoreError, match="not a SQLite file"):
                 CaptionStore(path, readonly=readonly).get("ab")
         assert path.read_bytes() == content
 

@@ -569,7 +569,8 @@ class TestModesAndContexts:
             def caption(self, images: Sequence[torch.Tensor]) -> list[str]:
                 return ["a cat on a mat"] * len(images)
 
-        sgid = SGIDAugment(captions=tmp_path / "c.sqlite", captioner=Wrong(), scorer=None)
+        recipe = Recipe(caption_from="own")
+        sgid = SGIDAugment(recipe=recipe, captions=tmp_path / "c.sqlite", captioner=Wrong(), scorer=None)
         report = sgid.prepare(ImageFolder(folder), progress=False)
         others = [record for record in sgid.captions if record.label != "cat"]
         assert report.contradictions == len(others) == 8

@@ -46,7 +46,7 @@ def test_the_whole_way_and_a_second_call_that_has_nothing_to_do(sgid, monkeypatc
         assert len(results[name]["accuracy"]) == 3
         assert all(0 <= accuracy <= 1 for accuracy in results[name]["accuracy"])
     assert results["with"]["loss"] != results["without"]["loss"]  # variants really reached the training
-    assert "no benchmark" in out
+    assert "not a benchmark" in out
     code, out, _ = sgid("demo", "--out", "here", "-k", 2, "--steps", 2)
     assert code == 0
     assert "0 captions and 0 variants made, 12 variants were there" in out

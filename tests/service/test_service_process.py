@@ -432,7 +432,7 @@ def test_lifecycle_mistakes_are_named() -> None:
     service = GenerationService(fake_factory())
     with pytest.raises(ServiceError, match="not running"):
         _ = service.client
-    with service, pytest.raises(ServiceError, match="runs already"):
+    with service, pytest.raises(ServiceError, match="is already running"):
         service.start()
     with service, pytest.raises(ServiceError, match=r"hand `service\.client`"):
         pickle.dumps(service)
