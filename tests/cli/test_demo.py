@@ -50,7 +50,7 @@ def test_the_whole_way_and_a_second_call_that_has_nothing_to_do(sgid, monkeypatc
     code, out, _ = sgid("demo", "--out", "here", "-k", 2, "--steps", 2)
     assert code == 0
     assert "0 captions and 0 variants made, 12 variants were there" in out
-    assert "done before" in out
+    assert "already done" in out
 
 
 def test_without_the_report_extra_all_but_the_report_is_made(sgid, tmp_path, monkeypatch, samples):
