@@ -16,7 +16,8 @@ goes on. ``OUT/summary.md`` and ``OUT/summary.png`` have means, 95 % intervals, 
 
 Methods: none autoaugment randaugment trivialaugment augmix randomerasing mixup cutmix real-guidance sgid, sgid+CLASSIC, and
 sgid with options: sgid:k=4,p=0.3,strength=0.2-0.5,prompt=label|caption|both,context=own|class|dataset,
-guidance=similarity|reverse|fixed|3-5,filter=none|argmax|0.8. Groups: classic generated combined ablations.
+guidance=similarity|reverse|fixed|3-5,measure=prompt|label,varies=guidance|strength,filter=none|argmax|0.8.
+Groups: classic generated combined ablations.
 """
 
 from __future__ import annotations
@@ -118,13 +119,17 @@ def recipe_of(experiment: Experiment, run: Run) -> Any:
 
 def variants_id(experiment: Experiment, run: Run) -> str:
     """What tells a run's variants from others of the same images."""
-    return f"{recipe_of(experiment, run).fingerprint} {outside_recipe(experiment)}"
+    return f"{recipe_of(experiment, run).fingerprint} {outside_recipe(experiment, run)}"
 
 
-def outside_recipe(experiment: Experiment) -> str:
+def outside_recipe(experiment: Experiment, run: Run) -> str:
     """What changes pixels and is no part of a recipe: each has stores of its own."""
-    models = (experiment.captioner, experiment.scorer)
-    return experiment.generator_dtype + ("" if models == ("auto", "auto") else f"-{digest({'models': models})}")
+    models, variants = (experiment.captioner, experiment.scorer), run.method.variants
+    name = experiment.generator_dtype + ("" if models == ("auto", "auto") else f"-{digest({'models': models})}")
+    if variants is None:
+        return name
+    by_label = "-label" if variants.measure == "label" else ""
+    return name + by_label + ("" if variants.ranked_scale is None else f"-strength-{variants.ranked_scale:g}")
 
 
 @cache
@@ -134,7 +139,9 @@ def task_of(data: str, root: str, download: bool) -> Task:
 
 
 def subset_of(experiment: Experiment, run: Run, pool: Pool, indices: list[int]) -> Subset:
-    name = f"{Path(experiment.data).name}-n{run.size}-s{run.seed}-{outside_recipe(experiment)}"
+    name = f"{Path(experiment.data).name}-n{run.size}-s{run.seed}-{outside_recipe(experiment, run)}"
+    variants = run.method.variants
+    assert variants is not None
     return Subset(
         experiment.out / "subsets" / name,
         Labelled(pool, indices),
@@ -142,6 +149,8 @@ def subset_of(experiment: Experiment, run: Run, pool: Pool, indices: list[int]) 
         dtype=DTYPES[experiment.generator_dtype],
         captioner=experiment.captioner,
         scorer=experiment.scorer,
+        measure=variants.measure,
+        guidance=variants.ranked_scale,
     )
 
 
@@ -322,10 +331,10 @@ def run_all(experiment: Experiment, runs: list[Run], jobs: int) -> tuple[int, in
         seen = views.names()
         candidates = {view_name(experiment, run): run for run in runs if run.method.variants is not None}
         to_judge = {name: run for name, run in candidates.items() if name not in seen}
-    groups: dict[tuple[str, int], list[Run]] = {}
+    groups: dict[tuple[str, int, str], list[Run]] = {}
     for run in [*todo, *to_judge.values()]:
         if run.method.variants is not None:
-            groups.setdefault((run.size, run.seed), []).append(run)
+            groups.setdefault((run.size, run.seed, outside_recipe(experiment, run)), []).append(run)
     for _ in in_processes(jobs, experiment.threads, [(make_variants, (experiment, group)) for group in groups.values()]):
         pass
     for row in in_processes(jobs, experiment.threads, [(judge_run, (experiment, run)) for run in to_judge.values()]):

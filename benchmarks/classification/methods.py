@@ -53,6 +53,9 @@ class Variants:
         strength: range from which each variant's is drawn.
         prompt: what the prompt says: ``both``, ``label`` or ``caption``.
         direction: ``similarity`` (rises with it), ``reverse`` (falls) or ``fixed`` (the middle of both for all images).
+        measure: what the similarity is: ``prompt``, CLIP's cosine of image and prompt, or ``label``, CLIP's probability of the
+            label (as in DALDA).
+        varies: what follows the similarity: ``guidance``, or ``strength``, under the middle guidance scale for all images.
         context: whose caption the prompt has: ``own``, ``class`` or ``dataset``; ``None``: as the model's preset has it.
         filter: ``none``; ``argmax``: CLIP must recognise the label; or a number: CLIP's least probability of the label.
         k: variants per image.
@@ -63,6 +66,8 @@ class Variants:
     strength: tuple[float, float]
     prompt: str = "both"
     direction: str = "similarity"
+    measure: str = "prompt"
+    varies: str = "guidance"
     context: str | None = None
     filter: str = "argmax"
     k: int = 20
@@ -78,11 +83,18 @@ class Variants:
             strength=strength if isinstance(strength, tuple) else (strength, strength),
         )
 
+    @property
+    def ranked_scale(self) -> float | None:
+        """The guidance scale of all images, if their strength follows the similarity; else None."""
+        return sum(self.guidance) / 2 if self.varies == "strength" else None
+
     def recipe(self, model: str, seed: int, **settings: Any) -> Recipe:
         """The recipe by which they are made; ``settings`` are further fields of it."""
         low, high = self.guidance
         guidance: float | SimilarityGuidance = (low + high) / 2
-        if self.direction != "fixed" and low < high:
+        if self.varies == "strength":
+            guidance = SimilarityGuidance(0, 1, reverse=self.direction == "reverse")  # the rank itself; see RankedStrength
+        elif self.direction != "fixed" and low < high:
             guidance = SimilarityGuidance(low, high, reverse=self.direction == "reverse")
         return Recipe.for_model(
             model,
@@ -225,6 +237,8 @@ def _probability(text: str) -> float:
 _OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
     "prompt": lambda text: {"prompt": _one_of(*PROMPTS)(text)},
     "guidance": _guidance,
+    "measure": lambda text: {"measure": _one_of("prompt", "label")(text)},
+    "varies": lambda text: {"varies": _one_of("guidance", "strength")(text)},
     "context": lambda text: {"context": _one_of("own", "class", "dataset")(text)},
     "strength": lambda text: {"strength": _range(text)},
     "filter": lambda text: {"filter": filter_name(text)},
