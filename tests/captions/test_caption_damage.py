@@ -137,6 +137,8 @@ class TestRows:
         """Written into files: it must never change."""
         assert digest_of(to_row(FULL)) == 3601570009
         assert digest_of(to_row(CaptionRecord("ef", "ünï", path="a/\udcff"))) == 3646284298
+        with_context = CaptionRecord("ef", "a dog on grass", label="dog", context="on grass", contradiction="words")
+        assert digest_of(to_row(with_context)) == 1913417033
 
     def test_values_do_not_run_into_each_other(self):
         row = to_row(FULL)
