@@ -8,12 +8,14 @@ from image_folders import own_folder, picture, plain_folder
 from job_fakes import fake_models
 from sgid_transforms.bulk import generate_folder, scan_folder
 from sgid_transforms.bulk.export import export_folder
+from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import FolderError
 from sgid_transforms.images.keys import to_uint8_chw
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
+from sgid_transforms.variants.verdicts import Verdict
 
 RECIPE = Recipe(caption_from="own")
 
@@ -136,3 +138,41 @@ def test_nothing_else_is_overwritten(tmp_path, made):
     export_folder(scan, RECIPE, variants, tmp_path / "out")
     with pytest.raises(FolderError, match="holds something else"):
         export_folder(scan, Recipe(seed=1), variants, tmp_path / "out")
+
+
+def test_rejected_variants_leave_the_export_and_verdicts_are_in_its_metadata(tmp_path, made):
+    scan, variants = made(plain_folder(tmp_path / "data", 2))
+    out = tmp_path / "out"
+    export_folder(scan, RECIPE, variants, out)
+    refs = {ref.variant: ref for ref in variants.iter(RECIPE) if ref.image_key == scan.images[0].key}
+    variants.judge(
+        Verdict(RECIPE.fingerprint, refs[number].key, number, decision, "anna", 1.0, why)
+        for number, decision, why in ((0, "reject", "not a cat"), (1, "keep", ""))
+    )
+    done = export_folder(scan, RECIPE, variants, out)
+    assert done.variants == 7
+    known = {(line["key"], line["variant"]): line for line in lines(out)}
+    assert (scan.images[0].key, 0) not in known
+    assert known[scan.images[0].key, 1]["verdict"] == "keep"
+    assert known[scan.images[0].key, 1]["verdict_by"] == "anna"
+    assert "verdict" not in known[scan.images[1].key, 0]
+    assert {path.relative_to(out).as_posix() for path in out.glob("*/*")} == {line["file_name"] for line in known.values()}
+
+
+def test_a_later_export_has_the_pictures_of_edited_captions(tmp_path, made):
+    """The file of the same number was left as it was, under the new prompt."""
+    scan, variants = made(plain_folder(tmp_path / "data", 1))
+    captions, out = CaptionStore(tmp_path / "captions.sqlite"), tmp_path / "out"
+    export_folder(scan, RECIPE, variants, out, captions=captions)
+    captions.put(CaptionRecord(scan.images[0].key, "my own words", source="human"))
+    generate_folder(scan, RECIPE, captions, variants, count=2, models=fake_models())
+    export_folder(scan, RECIPE, variants, out, captions=captions)
+    for line in lines(out):
+        (stored,) = (
+            variant
+            for ref in variants.find(RECIPE, line["key"])
+            if ref.variant == line["variant"]
+            and (variant := variants.get(RECIPE, ref.key, ref.variant)).provenance.prompt == line["text"]
+        )
+        assert to_uint8_chw(load_image(out / line["file_name"])).equal(stored.image)
+    captions.close()

@@ -12,6 +12,7 @@ from sgid_transforms.errors import GenerationError, RecipeError, StoreError
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
+from sgid_transforms.variants.verdicts import Verdict
 
 RECIPE = Recipe(guidance=SimilarityGuidance(2.0, 6.0), caption_from="own")
 
@@ -271,3 +272,25 @@ def test_a_variant_follows_from_its_own_name_alone(tmp_path, stores):
     generate(folder, stores, fake_models(batch_size=3), count=2)
     generate(folder, other, fake_models(batch_size=32), count=2)
     assert stores.content() == other.content()
+
+
+def _reject(stores, *numbers):
+    """Reject these variants of every image."""
+    stores.variants.judge(
+        Verdict(ref.fingerprint, ref.key, ref.variant, "reject", "anna", 1.0)
+        for ref in stores.variants.iter(RECIPE)
+        if ref.variant in numbers
+    )
+
+
+def test_rejected_variants_are_replaced_when_asked_and_only_then(tmp_path, stores):
+    folder = plain_folder(tmp_path / "data", 3)
+    generate(folder, stores, count=2)
+    _reject(stores, 0)
+    assert generate(folder, stores, count=2).generated == 0
+    done = generate(folder, stores, count=2, replace_rejected=True)
+    assert (done.wanted, done.present, done.generated) == (12, 6, 6)
+    assert {ref.variant for ref in stores.variants.iter(RECIPE)} == {0, 1, 2}
+    assert generate(folder, stores, count=2, replace_rejected=True).generated == 0
+    _reject(stores, 2)
+    assert generate(folder, stores, count=2, replace_rejected=True).generated == 6

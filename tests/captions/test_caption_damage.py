@@ -20,7 +20,7 @@ RECORDS = [
 OTHERS = {
     "caption": "a dog on a mat", "label": "dog", "similarity": 0.75, "rank": 0.25, "captioner": "human", "source": "human",
     "path": "train/dog/1.png", "scorer": "other", "prompt": "a photo of a dog",
-    "context": "on a mat", "contradiction": "words",
+    "context": "on a mat", "contradiction": "words", "words": "puppy",
 }  # fmt: skip
 
 
@@ -139,6 +139,7 @@ class TestRows:
         assert digest_of(to_row(CaptionRecord("ef", "ünï", path="a/\udcff"))) == 3646284298
         with_context = CaptionRecord("ef", "a dog on grass", label="dog", context="on grass", contradiction="words")
         assert digest_of(to_row(with_context)) == 1913417033
+        assert digest_of(to_row(replace(with_context, words="puppy"))) == 313532962
 
     def test_values_do_not_run_into_each_other(self):
         row = to_row(FULL)
@@ -166,27 +167,29 @@ class TestOlderStores:
         damage(store.path, "label = 'dog'")
         assert store.get("ab12") is None
 
-    def test_digests_of_version_3_hold(self, tmp_path):
+    @pytest.mark.parametrize(("version", "known"), [(3, FULL), (4, replace(FULL, contradiction="words"))])
+    def test_earlier_digests_hold(self, tmp_path, version, known):
         """Nothing that was damaged before the file is upgraded may pass for sound after it."""
         path = tmp_path / "old.sqlite"
-        columns = COLUMNS[:10]
-        rows = [to_row(replace(FULL, key=key))[:10] for key in ("ab12", "cd34")]
+        columns = COLUMNS[: 10 if version == 3 else 12]
+        rows = [to_row(replace(known, key=key))[: len(columns)] for key in ("ab12", "cd34")]
         raw = sqlite3.connect(path)
         with raw:
             raw.execute(f"CREATE TABLE captions ({', '.join(columns)}, digest, PRIMARY KEY (key)) WITHOUT ROWID")
             raw.execute("CREATE TABLE damaged AS SELECT * FROM captions")
             mark = f"UPDATE captions SET digest = {FOREIGN} WHERE key = NEW.key"
-            raw.executemany(f"INSERT INTO captions VALUES ({', '.join('?' * 11)})", [(*row, digest_of(row)) for row in rows])
+            marks = ", ".join("?" * (len(columns) + 1))
+            raw.executemany(f"INSERT INTO captions VALUES ({marks})", [(*row, digest_of(row)) for row in rows])
             raw.execute("UPDATE captions SET label = 'dog' WHERE key = 'cd34'")
             raw.execute(f"CREATE TRIGGER edited AFTER UPDATE OF label ON captions BEGIN {mark}; END")
             raw.execute(f"CREATE TRIGGER inserted AFTER INSERT ON captions BEGIN {mark}; END")
         raw.close()
         for store in (CaptionStore(path, readonly=True), CaptionStore(path)):
-            assert (store.get("ab12"), store.get("cd34")) == (FULL, None)
-        store.put(replace(FULL, key="cd34", context="on a mat"))
+            assert (store.get("ab12"), store.get("cd34")) == (known, None)
+        store.put(replace(FULL, key="cd34", context="on a mat", words="puppy"))
         assert store.contexts() == [("cd34", "cat", "on a mat")]
         assert store.verify().ok
-        damage(path, "context = 'on a sofa' WHERE key = 'cd34'")
+        damage(path, "words = 'kitten' WHERE key = 'cd34'")
         assert store.get("cd34") is None
 
 

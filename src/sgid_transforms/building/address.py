@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from sgid_transforms.captions.agreement import place
@@ -99,7 +99,7 @@ class Address:
         Raises:
             MissingCaptionError: See `caption`.
         """
-        label = record.label or label
+        label = record.prompt_label or label
         if self.needs_label and not label:
             return None
         return variant_key(
@@ -109,6 +109,20 @@ class Address:
             guidance_scale(self.recipe.guidance, record.rank),
             record.scorer if self._scored else None,
         )
+
+    def numbers(
+        self, record: CaptionRecord, count: int, rejected: Collection[tuple[str, int]], label: str | None = None
+    ) -> Iterator[int]:
+        """The first ``count`` numbers of an image's variants that nobody rejected.
+
+        Args:
+            record: What is known about the image.
+            count: How many.
+            rejected: (key, number) of its rejected variants, as `VariantStore.rejections` has them.
+            label: As for `key`.
+        """
+        left = (number for number in itertools.count() if (self.key(record, number, label), number) not in rejected)
+        return itertools.islice(left, count)
 
     def find(self, variants: VariantStore, record: CaptionRecord, key: str, variant: int, *, pil: bool) -> Any | None:
         """A stored variant as a PIL image or a uint8 tensor ``(3, H, W)``, or None.

@@ -250,7 +250,7 @@ class Builder:
         caption, _ = self._address.caption(record, one.variant)
         return GenerationRequest(
             image=one.image,
-            prompt=build_prompt(recipe.prompt, label, caption, tokenizer=tokenizer, max_tokens=max_tokens),
+            prompt=build_prompt(recipe.prompt, record.words or label, caption, tokenizer=tokenizer, max_tokens=max_tokens),
             negative_prompt=recipe.negative_prompt,
             strength=variant_strength(recipe.strength, fingerprint, one.key, one.variant, recipe.seed),
             guidance_scale=guidance_scale(recipe.guidance, record.rank),

@@ -1,5 +1,6 @@
 """Export variants to an ordinary folder of class folders, for programs that cannot read a variant store."""
 
+import filecmp
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from sgid_transforms.errors import FolderError
 from sgid_transforms.files import atomic_write, replacing, show
 from sgid_transforms.images.folders import EXPORT_METADATA, KnownImage, Scan, Skipped
 from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.variants.layout import EXTENSIONS, image_part
 from sgid_transforms.variants.store import Variant, VariantRef, VariantStore
 
 METADATA = EXPORT_METADATA
@@ -50,7 +52,7 @@ def export_folder(
     """Copy the variants of a folder's images to ``out/<class folder>/<stem>-<key>-<number>.<ending>``.
 
     A ``metadata.jsonl`` for Hugging Face's imagefolder is written beside them: ``file_name``, ``text`` (the prompt), ``label``,
-    and where the variant comes from. Images are copied byte by byte; existing files are not copied again.
+    and where the variant comes from. Images are copied byte by byte; files that are there already are not written again.
 
     Args:
         scan: the original images; class folders get the same names.
@@ -62,12 +64,15 @@ def export_folder(
         originals: also copy the originals.
         progress: wraps the iterable of images, as ``tqdm`` does.
 
+    Variants that people rejected are left out; what they said about the others is in the metadata.
+
     Raises:
         FolderError: ``out`` holds something else, overlaps with the images, or cannot be written.
     """
     top = Path(out)
     _check_target(top, scan, recipe)
     known = _known_variants(recipe, variants, captions)
+    rejections = variants.rejections(recipe)
     skipped = list(scan.skipped)
     lines: list[dict[str, Any]] = []
     counts = {"variants": 0, "images": 0, "originals": 0}
@@ -83,6 +88,11 @@ def export_folder(
                 _copy(variant.path, top / _text(image.file.folder) / name)
                 lines.append(_line(image, recipe, number, variant, f"{_text(image.file.folder)}/{name}"))
                 counts["variants"] += 1
+            for number in {number for _, number in rejections.get(image_part(image.key), ())} - {number for number, _ in found}:
+                for suffix in EXTENSIONS:  # exported before somebody rejected it
+                    (top / _text(image.file.folder) / f"{_stem(image)}-{image.key[:8]}-{number}{suffix}").unlink(
+                        missing_ok=True
+                    )
             if not found:
                 skipped.append(Skipped(image.file.path, "it has no variants of this recipe; run sgid generate first"))
         top.mkdir(parents=True, exist_ok=True)
@@ -117,12 +127,15 @@ def _check_target(top: Path, scan: Scan, recipe: Recipe) -> None:
 def _known_variants(recipe: Recipe, variants: VariantStore, captions: CaptionStore | None) -> dict[str, dict[int, VariantRef]]:
     """Image key -> number -> variant."""
     known: dict[str, dict[int, VariantRef]] = {}
+    rejected = {name for names in variants.rejections(recipe).values() for name in names}
     if captions is not None:
         for ref, image_key, is_current in Address(recipe, captions).current(variants):
-            if is_current:
+            if is_current and (ref.key, ref.variant) not in rejected:
                 known.setdefault(image_key, {})[ref.variant] = ref
         return known
     for ref in sorted(variants.iter(recipe), key=lambda ref: ref.path.stat().st_mtime):
+        if (ref.key, ref.variant) in rejected:
+            continue
         for image_key in (ref.image_key, ref.key):  # stores of version 0.1 use the image's key alone
             known.setdefault(image_key, {})[ref.variant] = ref
     return known
@@ -149,8 +162,9 @@ def _copy_original(image: KnownImage, recipe: Recipe, top: Path) -> dict[str, An
 
 
 def _line(image: KnownImage, recipe: Recipe, number: int, variant: Variant, file_name: str) -> dict[str, Any]:
-    made = variant.provenance
-    return {
+    made, verdict = variant.provenance, variant.verdict
+    judged = {} if verdict is None else {"verdict": verdict.decision, "verdict_by": verdict.who, "verdict_why": verdict.why}
+    return judged | {
         "file_name": file_name,
         "text": made.prompt,
         "label": image.file.label,
@@ -180,8 +194,8 @@ def _text(name: str) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file atomically, unless it is already there."""
-    if not target.exists():
+    """Copy a file atomically, unless it is already there; an older variant of the same number is replaced."""
+    if not target.exists() or not filecmp.cmp(source, target, shallow=False):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
             shutil.copyfile(source, temporary)

@@ -62,6 +62,7 @@ def generate_folder(
     models: Models | None = None,
     progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    replace_rejected: bool = False,
 ) -> GenerateReport:
     """Caption the images that have no caption, then make all missing variants, numbered 0 to ``count - 1``.
 
@@ -75,6 +76,7 @@ def generate_folder(
         models: Which models to use.
         progress: Show progress bars.
         stop: Called before the model takes more; when it returns True, the job stores what has begun and ends.
+        replace_rejected: Make further variants in place of those that people rejected.
 
     Raises:
         ModelLoadError: A model cannot be loaded.
@@ -88,11 +90,11 @@ def generate_folder(
     models = models or Models()
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
-    _, todo = missing_variants(images, recipe, captions, variants, count)
+    _, todo = missing_variants(images, recipe, captions, variants, count, replace_rejected)
     # Load the generator first: if it cannot be loaded, fail now and not after an hour of captioning.
     builder = build(scan, recipe, captions, variants, models) if todo and not stop() else None
     described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
-    filtered, todo = missing_variants(images, recipe, captions, variants, count)
+    filtered, todo = missing_variants(images, recipe, captions, variants, count, replace_rejected)
     if todo and builder is None and not described.stopped:  # new captions changed the keys of existing variants
         builder = build(scan, recipe, captions, variants, models)
     wanted = len(images) * count

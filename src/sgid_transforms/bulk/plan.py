@@ -10,6 +10,7 @@ from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import MissingCaptionError, RecipeError
 from sgid_transforms.images.folders import KnownImage
 from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.variants.layout import image_part
 from sgid_transforms.variants.store import VariantStore
 
 
@@ -58,16 +59,35 @@ class Shard:
 
 
 def missing_variants(
-    images: Sequence[KnownImage], recipe: Recipe, captions: CaptionStore, variants: VariantStore, count: int
+    images: Sequence[KnownImage],
+    recipe: Recipe,
+    captions: CaptionStore,
+    variants: VariantStore,
+    count: int,
+    replace_rejected: bool = False,
 ) -> tuple[int, list[tuple[KnownImage, int]]]:
-    """How many variants were filtered for good, and the missing ones (neither stored nor filtered), image by image."""
+    """How many variants were filtered for good, and the missing ones (neither stored nor filtered), image by image.
+
+    Args:
+        images: The images.
+        recipe: What to make.
+        captions: What is known about the images.
+        variants: Where the variants are.
+        count: Variants per image.
+        replace_rejected: Count only variants that nobody rejected, so that others are made in their place.
+    """
     address = Address(recipe, captions)
+    rejections = variants.rejections(recipe) if replace_rejected else {}
     records = captions.get_many([image.key for image in images]) if captions.path.exists() else {}
     filtered = 0
     todo = []
     for image in images:
         record = records.get(image.key)
-        for number in range(count):
+        rejected = rejections.get(image_part(image.key))
+        numbers = (
+            address.numbers(record, count, rejected, image.file.label) if record is not None and rejected else range(count)
+        )
+        for number in numbers:
             try:
                 key = None if record is None else address.key(record, number, image.file.label)
             except MissingCaptionError:  # there are no contexts yet; captioning comes first

@@ -16,18 +16,19 @@ from sgid_transforms.captions.record import COLUMNS, FOREIGN, digest_of, from_ro
 from sgid_transforms.errors import StoreError
 
 _APPLICATION_ID = 0x53474944  # "SGID"
-_VERSION = 4
+_VERSION = 5
 _SCHEMA = """
 CREATE TABLE captions (
     key TEXT PRIMARY KEY NOT NULL, caption TEXT NOT NULL, label TEXT, similarity REAL, rank REAL,
     captioner TEXT NOT NULL, source TEXT NOT NULL, path TEXT, scorer TEXT, prompt TEXT, digest INTEGER,
-    context TEXT, contradiction TEXT
+    context TEXT, contradiction TEXT, words TEXT
 ) WITHOUT ROWID
 """
 _ADDED = {
     2: {"scorer": "TEXT", "prompt": "TEXT"},
     3: {"digest": "INTEGER"},
     4: {"context": "TEXT", "contradiction": "TEXT"},
+    5: {"words": "TEXT"},
 }
 """Columns by the version of the schema that added them; a later version must add one."""
 

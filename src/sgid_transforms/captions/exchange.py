@@ -11,7 +11,7 @@ from sgid_transforms.captions.record import COLUMNS, MAX_TEXT, CaptionRecord, to
 from sgid_transforms.errors import ImageError, StoreError
 from sgid_transforms.files import replacing
 
-_OWN_FIELDS = ("key", "label", "similarity", "rank", "captioner", "source", "context", "contradiction")
+_OWN_FIELDS = ("key", "label", "similarity", "rank", "captioner", "source", "context", "contradiction", "words")
 
 
 def write_jsonl(records: Iterable[CaptionRecord], path: Path) -> int:

@@ -144,10 +144,10 @@ class Describer:
         for index, text in zip(bare, texts, strict=True):
             records[index] = replace(records[index], caption=text, captioner=self.name, source="model")
         images = [image for _, image in known]
-        prompts = [self.prompt(record.label, record.caption) for record in records]
+        prompts = [self.prompt(record.prompt_label, record.caption) for record in records]
         scores = self.score(images, prompts)
         both = [i for i, (record, score) in enumerate(zip(records, scores, strict=True)) if score is not None and record.label]
-        bare_scores = self.score([images[i] for i in both], [self.prompt(records[i].label, "") for i in both])
+        bare_scores = self.score([images[i] for i in both], [self.prompt(records[i].prompt_label, "") for i in both])
         doubted = {i for i, bare_score in zip(both, bare_scores, strict=True) if scores[i] < bare_score}  # type: ignore[operator]
         return [
             replace(record, contradiction=None)
@@ -423,7 +423,7 @@ def _stale(known: CaptionRecord, entry: Entry, describer: Describer) -> str | No
         return "score"
     if known.scorer != describer.scorer_name:
         return "scorer" if known.scorer is not None else "score"
-    return "" if known.prompt == describer.prompt(known.label, known.caption) else "prompt"
+    return "" if known.prompt == describer.prompt(known.prompt_label, known.caption) else "prompt"
 
 
 def _to_do(known: CaptionRecord | None, entry: Entry, stale: str | None, describer: Describer) -> CaptionRecord:
@@ -434,7 +434,8 @@ def _to_do(known: CaptionRecord | None, entry: Entry, stale: str | None, describ
         label = entry.label if entry.label is not None or known is None else known.label
         return CaptionRecord(entry.key, "", label=label, path=entry.path)
     label = entry.label if entry.label is not None else known.label
-    return replace(known, label=label, path=entry.path or known.path, similarity=None, rank=None)
+    words = None if stale == "label" else known.words  # they were chosen for the old label
+    return replace(known, label=label, words=words, path=entry.path or known.path, similarity=None, rank=None)
 
 
 def _takes_labels(captioner: Any) -> bool:

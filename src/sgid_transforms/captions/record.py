@@ -16,7 +16,7 @@ MAX_TEXT = 2**20
 
 COLUMNS = (
     "key", "caption", "label", "similarity", "rank", "captioner", "source", "path", "scorer", "prompt",
-    "context", "contradiction",
+    "context", "contradiction", "words",
 )  # fmt: skip
 """The fields of a record, in the order of the table's columns."""
 
@@ -42,6 +42,7 @@ class CaptionRecord:
         context: What variants of other images may borrow from the caption (``Recipe.caption_from``); None: nothing.
         contradiction: How the caption contradicts the label. ``"words"``: it names another class but not its own.
             ``"scorer"``: the image is less similar to label and caption than to the label alone. May be both.
+        words: What prompts call the image's class, if a person chose other words than the label.
 
     Examples:
         >>> CaptionRecord("0f" * 16, "a cat on a sofa", label="cat", source="human").caption
@@ -60,6 +61,12 @@ class CaptionRecord:
     prompt: str | None = None
     context: str | None = None
     contradiction: str | None = None
+    words: str | None = None
+
+    @property
+    def prompt_label(self) -> str | None:
+        """The class in the words of the prompt."""
+        return self.words or self.label
 
 
 def to_row(record: CaptionRecord) -> tuple[object, ...]:
@@ -88,6 +95,7 @@ def to_row(record: CaptionRecord) -> tuple[object, ...]:
         _text("prompt", record.prompt),
         _text("context", record.context),
         _text("contradiction", record.contradiction),
+        _text("words", record.words),
     )
 
 
@@ -96,24 +104,28 @@ def from_row(row: tuple[Any, ...]) -> CaptionRecord | None:
 
     Rows with the digest ``FOREIGN``, from stores before schema 3 or from other programs, are not checked.
     """
-    key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, context, contradiction, digest = row
+    key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, context, contradiction, words, digest = row
     text = f"{key}\0{caption}\0{label}\0{similarity}\0{rank}\0{captioner}\0{source}\0{path}\0{scorer}\0{prompt}"
-    if context is not None or contradiction is not None:
+    if words is not None:
+        text += f"\0{context}\0{contradiction}\0{words}"
+    elif context is not None or contradiction is not None:
         text += f"\0{context}\0{contradiction}"
     if digest != zlib.crc32(text.encode()) and digest != FOREIGN:
         return None
     if isinstance(path, bytes):
         path = os.fsdecode(path)
-    return CaptionRecord(key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, context, contradiction)
+    return CaptionRecord(
+        key, caption, label, similarity, rank, captioner, source, path, scorer, prompt, context, contradiction, words
+    )
 
 
 def digest_of(row: Sequence[object]) -> int:
     """The CRC-32 of the columns ``COLUMNS``, as SQLite gives them. `from_row` inlines it to make hits fast.
 
-    The last two, added by schema 4, count only if one of them is set, so that older digests stay valid.
+    Those that schema 4 (the next two) and 5 (the last one) added count only if they are set, so that older digests stay valid.
     """
-    counted = row if any(value is not None for value in row[10:]) else row[:10]
-    return zlib.crc32("\0".join(map(str, counted)).encode())
+    end = next((end for start, end in ((12, 13), (10, 12)) if any(value is not None for value in row[start:end])), 10)
+    return zlib.crc32("\0".join(map(str, row[:end])).encode())
 
 
 def check_key(key: object) -> str:

@@ -52,7 +52,7 @@ def _upsert(*, take: str, first: str, second: str) -> str:
 INSERT INTO captions ({_ALL}) VALUES ({", ".join("?" * len(COLUMNS))})
 ON CONFLICT (key) DO UPDATE SET
     caption = {taken("caption")}, captioner = {taken("captioner")}, source = {taken("source")},
-    label = {either("label")}, path = {either("path")},
+    label = {either("label")}, path = {either("path")}, words = {taken("words")},
     context = COALESCE(captions.context, excluded.context), contradiction = {taken("contradiction")},
     similarity = {score("similarity", either("similarity"))}, rank = {score("rank", rank)},
     scorer = {score("scorer", with_similarity("scorer"))}, prompt = {score("prompt", with_similarity("prompt"))}
@@ -229,6 +229,16 @@ class CaptionStore:
         with self._database.writing(None) as connection:
             connection.execute("UPDATE captions SET context = NULL WHERE context IS NOT NULL")
             connection.executemany("UPDATE captions SET context = ? WHERE key = ?", rows)
+
+    def set_context(self, key: str, context: str) -> bool:
+        """Change what one record lends, if it lends anything; variants that borrow it get new addresses.
+
+        Returns:
+            Whether the record lends its context.
+        """
+        row = (to_row(CaptionRecord(key, "", context=context))[10], key)
+        with self._database.writing([key]) as connection:
+            return bool(connection.execute("UPDATE captions SET context = ? WHERE key = ? AND context IS NOT NULL", row).rowcount)
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove the records of ``keys``, including human ones, so that their images are captioned again."""

@@ -117,6 +117,9 @@ def generate(
     shard: Annotated[str, typer.Option(metavar="I/N", help="Make only the I-th of N shares; all share one store.")] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time and disk, from a measured sample.")] = False,
     retry_filtered: Annotated[bool, typer.Option("--retry-filtered", help="Try again what the filters rejected.")] = False,
+    replace_rejected: Annotated[
+        bool, typer.Option("--replace-rejected", help="Make others in place of those that people rejected (sgid review).")
+    ] = False,
     captioner: options.Captioner = "auto",
     scorer: options.Scorer = "auto",
     class_names: options.ClassNames = None,
@@ -153,8 +156,9 @@ def generate(
         store.forget_failures(wanted)
     with closing(CaptionStore(captions)) as texts, stoppable() as stop:
         done = generate_folder(
-            scan, wanted, texts, store, count=count, shard=share, models=models, progress=not json, stop=stop
-        )
+            scan, wanted, texts, store, count=count, shard=share, models=models, progress=not json, stop=stop,
+            replace_rejected=replace_rejected,
+        )  # fmt: skip
     note(turned_note(done.captions.turned))
     if json:
         say_json({"recipe": wanted.fingerprint, "store": variants, "report": done})

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -30,7 +31,9 @@ from sgid_transforms.service.process import GenerationService, job_rendezvous
 from sgid_transforms.transforms.gate import P, balanced_p, check_p, class_p, unknown_classes
 from sgid_transforms.transforms.state import STAT_NAMES, SharedState, Stats
 from sgid_transforms.transforms.supply import VariantSupply
+from sgid_transforms.variants.layout import image_part
 from sgid_transforms.variants.store import VariantStore
+from sgid_transforms.variants.verdicts import Rejections
 
 OnMiss = Literal["generate", "queue", "original"]
 Missing = Literal["error", "original", "caption"]
@@ -43,6 +46,7 @@ _REFUSED = (
     tv_tensors.Video,
     *filter(None, [getattr(tv_tensors, "KeyPoints", None)]),
 )
+_REJECTIONS_EVERY = 1.0  # seconds
 _KEY = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -107,7 +111,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
     """
 
     _transformed_types: ClassVar[tuple[Any, ...]] = (is_image,)
-    _transient = ("_address", "_supply", "_live", "_logged")
+    _transient = ("_address", "_supply", "_live", "_logged", "_rejected", "_look_again")
 
     def __init__(
         self,
@@ -379,8 +383,11 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             return outputs
         self._add_keys(keys, images, chosen)
         wanted = {position: (keys[position], int(draws[position][1] * self.variants_per_image)) for position in chosen}
+        if rejections := self._rejections():
+            self._draw_again(wanted, rejections, draws, labels)
         misses = self._look_up(wanted, images, labels, outputs)
-        count(seen=len(images), gated=len(chosen), hits=len(chosen) - len(misses), misses=len(misses))
+        unavailable = len(chosen) - len(wanted)  # people rejected all variants of these
+        count(seen=len(images), gated=len(chosen), hits=len(wanted) - len(misses), misses=len(misses), unavailable=unavailable)
         if misses and self.on_miss != "original":
             self._make({position: wanted[position] for position in misses}, images, labels, outputs)
         return outputs
@@ -391,6 +398,8 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         self._supply: VariantSupply | None = None
         self._live: _Live | None = None
         self._logged: set[str] = set()
+        self._rejected: Rejections = {}
+        self._look_again = 0.0
 
     def _now(self) -> _Live:
         settings = self._state.settings()
@@ -438,6 +447,45 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             # One transfer instead of one per image. Only hashing needs the bytes here; the images stay on the device.
             members = list(torch.stack(members).cpu().unbind())
         keys.update(zip(todo, map(self.key_of, members), strict=True))
+
+    def _rejections(self) -> Rejections:
+        """What people rejected; looked for once a second, because asking a network file system for every image is slow."""
+        now = time.monotonic()
+        if now >= self._look_again:
+            self._look_again = now + _REJECTIONS_EVERY
+            self._rejected = self.variants.rejections(self.recipe)
+        return self._rejected
+
+    def _draw_again(
+        self,
+        wanted: dict[int, tuple[str, int]],
+        rejections: Rejections,
+        draws: Sequence[Sequence[float]],
+        labels: Sequence[Any],
+    ) -> None:
+        """Draw among the variants that are left where people rejected some; where none is left, the original stays."""
+        for position, (key, _) in list(wanted.items()):
+            rejected = rejections.get(image_part(key))
+            record = self.captions.get(key) if rejected else None
+            if record is None or not rejected:
+                continue
+            left = self._left(record, self._label(record, labels[position]), rejected)
+            if left:
+                wanted[position] = key, left[int(draws[position][1] * len(left))]
+            else:
+                del wanted[position]
+
+    def _left(self, record: CaptionRecord, label: str | None, rejected: frozenset[tuple[str, int]]) -> list[int]:
+        """Numbers of the variants to draw from; higher ones replace rejected ones only if they have been made."""
+        left = []
+        for number in range(self.variants_per_image + len(rejected)):
+            place = self._place(record, number, label)
+            is_wanted = number < self.variants_per_image or (
+                place is not None and self.variants.contains(self.recipe, place, number)
+            )
+            if is_wanted and (place, number) not in rejected:
+                left.append(number)
+        return left[: self.variants_per_image]
 
     def _look_up(
         self, wanted: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]

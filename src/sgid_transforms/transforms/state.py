@@ -49,7 +49,7 @@ class Stats:
         generated: variants that were made and stored.
         filtered: variants that the filters rejected for good; their images stay unchanged.
         failed: variants that could not be made because of an error.
-        unavailable: gated images whose variant is known to have been filtered earlier.
+        unavailable: gated images whose variant is known to have been filtered earlier, or whose variants people rejected.
         missing: gated images without a caption or label, left unchanged (``missing="original"``).
         queued: variants requested without waiting (``on_miss="queue"``).
         dropped: variants not requested because the queue was full.

@@ -223,8 +223,13 @@ class StoreFolder:
                 if not layout.is_shard(shard.name) or not shard.is_dir(follow_symlinks=False):
                     yield shard.path, None
                     continue
-                for entry in self._scan(f"{recipe}/{shard.name}"):
-                    yield entry.path, layout.parse(recipe, shard.name, entry.name)
+                yield from self.walk_shard(recipe, shard.name)
+
+    def walk_shard(self, fingerprint: str, shard: str) -> Iterator[tuple[str, FileName | None]]:
+        """As `walk`, for one of the 256 folders of a recipe."""
+        if not os.path.islink(self.path(fingerprint)):
+            for entry in self._scan(f"{fingerprint}/{shard}"):
+                yield entry.path, layout.parse(fingerprint, shard, entry.name)
 
     def _scan(self, name: str) -> "Iterator[os.DirEntry[str]]":
         """Entries of a folder; none if it is missing, is a link, or is not a folder."""

@@ -97,10 +97,15 @@ def variant_key(image_key: str, *text: object) -> str:
 
     A key of more than 48 digits, which users may give their images, is hashed to make room for them.
     """
-    if len(image_key) > 64 - _TEXT_DIGITS:
-        image_key = hashlib.sha256(image_key.encode()).hexdigest()[: 64 - _TEXT_DIGITS]
     digest = hashlib.sha256(_encode(text).encode("ascii"))
-    return image_key + digest.hexdigest()[:_TEXT_DIGITS]
+    return image_part(image_key) + digest.hexdigest()[:_TEXT_DIGITS]
+
+
+def image_part(image_key: str) -> str:
+    """How the keys of an image's variants begin."""
+    if len(image_key) > 64 - _TEXT_DIGITS:
+        return hashlib.sha256(image_key.encode()).hexdigest()[: 64 - _TEXT_DIGITS]
+    return image_key
 
 
 def image_key_of(key: str) -> str:

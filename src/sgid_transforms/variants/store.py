@@ -17,6 +17,8 @@ from sgid_transforms.variants import codec, layout
 from sgid_transforms.variants.folder import StoreFolder, read
 from sgid_transforms.variants.layout import DamagedFileError, FileName, HasFingerprint
 from sgid_transforms.variants.provenance import Provenance
+from sgid_transforms.variants.verdicts import FILE as VERDICTS
+from sgid_transforms.variants.verdicts import Rejections, Verdict, VerdictLog
 
 _Decoded = TypeVar("_Decoded")
 
@@ -32,11 +34,13 @@ class Variant:
         image: A uint8 tensor (3, H, W), RGB.
         provenance: How it was made.
         path: Its file.
+        verdict: What people said about it, if anybody did.
     """
 
     image: torch.Tensor
     provenance: Provenance
     path: Path
+    verdict: Verdict | None = None
 
 
 class VariantRef(NamedTuple):
@@ -129,6 +133,7 @@ class VariantStore:
 
     def __init__(self, root: str | os.PathLike[str], *, readonly: bool = False, fsync: bool = True) -> None:
         self._folder = StoreFolder(root, readonly=readonly, fsync=fsync)
+        self._verdicts = VerdictLog(self._folder.path(VERDICTS))
         # checked fingerprint -> extensions to try, the one found last first; none if its folder is a link
         self._extensions: dict[str, tuple[str, ...]] = {}
 
@@ -180,7 +185,8 @@ class VariantStore:
         except ValueError as error:  # its digest is right, so another program made it
             self._folder.set_aside(path, f"its provenance cannot be read: {error}")
             return None
-        return Variant(_tensor(pixels), provenance, Path(path))
+        fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
+        return Variant(_tensor(pixels), provenance, Path(path), self.verdicts().get((fingerprint, key, variant)))
 
     def contains(self, recipe: HasFingerprint | str, key: str, variant: int) -> bool:
         """Whether there is a file for this variant; its content is not looked at."""
@@ -264,6 +270,47 @@ class VariantStore:
         """Forget the remembered failures of one recipe, or of all, so that they are tried again; returns how many."""
         return self.remove(self.iter_failures(recipe))
 
+    def judge(self, verdicts: Iterable[Verdict]) -> None:
+        """Keep what people said about variants; it is on the disk when this returns.
+
+        Training never draws a rejected variant again (`SGIDAugment`), and exports leave it out. Its file stays, so that the
+        verdict can be taken back.
+
+        Raises:
+            StoreError: It cannot be written; then none of the verdicts is kept.
+        """
+        self._folder.prepare_to_write()
+        try:
+            self._verdicts.append(verdicts)
+        except OSError as error:
+            raise StoreError(
+                f"the verdicts could not be written into {self.root}: {error.strerror}; check the folder"
+            ) from error
+
+    def verdicts(self) -> dict[tuple[str, str, int], Verdict]:
+        """The verdict that counts for each judged variant, by (fingerprint, key, number): the newest one of anybody."""
+        return self._verdicts.standing()
+
+    def all_verdicts(self) -> tuple[Verdict, ...]:
+        """Everything that anybody said, in the order in which it was said."""
+        return self._verdicts.read()
+
+    def rejections(self, recipe: HasFingerprint | str) -> Rejections:
+        """The rejected variants of a recipe as (key, number), by the part of their keys that names the image."""
+        return self._verdicts.rejections(recipe if isinstance(recipe, str) else recipe.fingerprint)
+
+    def find(self, recipe: HasFingerprint | str, image_key: str) -> list[VariantRef]:
+        """All variants of one image under any text, by number; their content is not looked at."""
+        fingerprint, part = layout.check_fingerprint(recipe), layout.image_part(image_key)
+        layout.stem(part, 0)
+        names = self._folder.walk_shard(fingerprint, part[:2])
+        refs = [
+            VariantRef(name.fingerprint, name.key, name.variant, Path(path))
+            for path, name in names
+            if name is not None and not name.is_failure and layout.image_key_of(name.key) == part
+        ]
+        return sorted(refs, key=lambda ref: (ref.variant, ref.key))
+
     def count(self, recipe: HasFingerprint | str | None = None) -> int:
         """How many variants there are, of one recipe or of all; failures are not counted."""
         return sum(1 for _ in self.iter(recipe))
@@ -307,6 +354,8 @@ class VariantStore:
             if problem is not None:
                 (foreign if name is None else damaged).append(Path(path))
                 repaired += repair and self._folder.set_aside(path, problem) == "moved"
+        if self._verdicts.damaged():
+            damaged.append(self.root / VERDICTS)  # its other lines count, so it stays
         return VerifyReport(checked, tuple(damaged), tuple(foreign), repaired)
 
     def prune(self, keep: HasFingerprint | str | Iterable[HasFingerprint | str], *, progress: Progress = _unwrapped) -> int:
@@ -330,7 +379,7 @@ class VariantStore:
         return removed
 
     def merge(self, other: "VariantStore | str | os.PathLike[str]") -> int:
-        """Copy the variants and failures of another store that this one lacks; returns how many files.
+        """Copy the variants, failures and verdicts of another store that this one lacks; returns how many files.
 
         Damaged ones are left where they are, and logged. Copying the other store's folders over this one's, with any tool that
         does not overwrite, does the same without the check, which later reads make up for.
@@ -353,6 +402,8 @@ class VariantStore:
             data = source.load(path, name.max_size, partial(_checked, name))
             if data is not None:
                 copied += self._folder.publish(data, name.stem + name.suffix)
+        known = set(self.all_verdicts())
+        self.judge(one for one in VerdictLog(source.path(VERDICTS)).read() if one not in known)
         return copied
 
     def sweep(self, max_age: float = layout.ORPHAN_AGE) -> int:
