@@ -1,32 +1,20 @@
 """The report in headless Chromium. Skipped where there is none: ``apt-get install chromium chromium-driver``."""
 
-import shutil
-
 import pytest
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
+from browser import needs_chromium, open_chromium, size
+
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run
---disable-background-networking --disable-component-update --disable-sync"""
-
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="neither Chromium nor chromedriver found on the path")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
+    with open_chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
@@ -37,13 +25,6 @@ def page(chromium, report):
     chromium.get(report[0].as_uri())
     yield chromium
     assert chromium.get_log("browser") == []
-
-
-def size(driver, width, height, scheme="light"):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
 def texts(driver, selector):

@@ -238,7 +238,9 @@ class CaptionStore:
         """
         row = (to_row(CaptionRecord(key, "", context=context))[10], key)
         with self._database.writing([key]) as connection:
-            return bool(connection.execute("UPDATE captions SET context = ? WHERE key = ? AND context IS NOT NULL", row).rowcount)
+            return bool(
+                connection.execute("UPDATE captions SET context = ? WHERE key = ? AND context IS NOT NULL", row).rowcount
+            )
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove the records of ``keys``, including human ones, so that their images are captioned again."""

@@ -159,7 +159,17 @@ def choose(images: Sequence[ImageFacts], max_images: int) -> list[ImageFacts]:
 
 
 def embed(image: torch.Tensor, max_side: int) -> Picture:
-    """A uint8 image ``(3, H, W)`` as a data URI: lossless if it is small, else scaled down to ``max_side`` pixels."""
+    """A uint8 image ``(3, H, W)`` as a data URI; see `encode`."""
+    data, kind, pixels = encode(image, max_side)
+    return Picture(f"data:{kind};base64,{base64.b64encode(data).decode()}", pixels)
+
+
+def encode(image: torch.Tensor, max_side: int) -> tuple[bytes, str, bool]:
+    """A uint8 image ``(3, H, W)`` for a page: lossless if it is small, else scaled down to ``max_side`` pixels.
+
+    Returns:
+        The file, its media type, and whether it is small enough to show its pixels.
+    """
     picture = to_pil_image(image)
     pixels = max(picture.size) <= min(_PIXEL_ART, max_side)
     out = io.BytesIO()
@@ -168,7 +178,7 @@ def embed(image: torch.Tensor, max_side: int) -> Picture:
     else:
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         picture.save(out, "WEBP", quality=82, method=4)
-    return Picture(f"data:image/{'png' if pixels else 'webp'};base64,{base64.b64encode(out.getvalue()).decode()}", pixels)
+    return out.getvalue(), f"image/{'png' if pixels else 'webp'}", pixels
 
 
 def _badness(image: ImageFacts, variant: VariantFacts) -> float | None:

@@ -5,7 +5,9 @@ They work on embeddings ``(N, D)`` of any model, such as those of `image_feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Protocol
 
 import torch
@@ -89,6 +91,30 @@ def mean_pairwise_distance(features: torch.Tensor) -> float:
     # The sum of all cosines is the squared length of the sum of all rows: no N x N matrix is needed.
     cosines = float(x.sum(0).square().sum()) - n
     return min(2.0, max(0.0, 1 - cosines / (n * (n - 1))))
+
+
+def human_consistency(seen: Sequence[bool]) -> tuple[float, float, float]:
+    """Share of pictures in which people saw the label, with its 95 % interval (Wilson's), all in [0, 1].
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+
+    Args:
+        seen: for each answer, whether it was the label; at least one.
+
+    Raises:
+        ValueError: there is no answer.
+
+    Examples:
+        >>> [round(value, 2) for value in human_consistency([True] * 9 + [False])]
+        [0.9, 0.6, 0.98]
+    """
+    n = len(seen)
+    if not n:
+        raise ValueError("there are no answers to take the share of")
+    share, z = sum(seen) / n, NormalDist().inv_cdf(0.975)
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return share, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def _mean_kernel(x: torch.Tensor, y: torch.Tensor, sigma: float) -> float:

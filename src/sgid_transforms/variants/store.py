@@ -188,6 +188,14 @@ class VariantStore:
         fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
         return Variant(_tensor(pixels), provenance, Path(path), self.verdicts().get((fingerprint, key, variant)))
 
+    def provenance(self, recipe: HasFingerprint | str, key: str, variant: int) -> Provenance | None:
+        """How a variant was made, or ``None``; its digest is checked, but its image is not decoded."""
+        found = self._find(recipe, key, variant, lambda data: None)
+        try:
+            return None if found is None else Provenance.from_json(bytes(found[1]))
+        except ValueError:
+            return None
+
     def contains(self, recipe: HasFingerprint | str, key: str, variant: int) -> bool:
         """Whether there is a file for this variant; its content is not looked at."""
         stem, extensions = self._place(recipe, key, variant)

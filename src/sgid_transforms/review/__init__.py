@@ -1,0 +1,1 @@
+"""People judge variants in the browser: what ``sgid review`` serves."""
