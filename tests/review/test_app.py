@@ -198,7 +198,7 @@ class TestCaptions:
         _, said, _ = client.get(f"/api/prompt?key={row['key']}&caption=on+a+red+sofa&words=kitten")
         (one,) = said["prompts"]
         assert one["prompt"] == "a photo of a kitten, on a red sofa"
-        assert 8 <= one["tokens"] <= 14
+        assert 8 <= one["tokens"] <= 30
         assert one["limit"] > 0
         _, said, _ = client.get(f"/api/prompt?key={row['key']}&caption={'very+' * 200}long")
         assert said["prompts"][0]["cut"] is True

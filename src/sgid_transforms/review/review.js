@@ -112,6 +112,7 @@ function draw(row, index) {
 function show() {
   $("rows").replaceChildren(...rows.map(draw));
   $("none").hidden = rows.length > 0;
+  if (!performance.getEntriesByName("rows").length) performance.mark("rows");
   const last = Math.max(1, Math.ceil(total / settings.page));
   $("pages").textContent = `page ${Math.floor(offset / settings.page) + 1} of ${last}`;
   $("previous-page").disabled = offset === 0;
