@@ -6,9 +6,11 @@ import torch
 from report_fakes import ColourScorer, make_stores, near, plain
 from sgid_transforms.captions import CaptionRecord
 from sgid_transforms.images.keys import image_key
-from sgid_transforms.report import survey
+from sgid_transforms.report import survey, write_report
+from sgid_transforms.report.answers import Answer, Answers, beside
 from sgid_transforms.report.metrics import cmmd
 from sgid_transforms.variants.provenance import Provenance
+from sgid_transforms.variants.verdicts import Verdict
 
 
 def test_figures_of_known_stores_come_out_as_worked_out_by_hand(tmp_path):
@@ -158,3 +160,27 @@ def test_images_of_many_chunks_keep_their_own_scores(tmp_path):
             float(scorer.probabilities(features[:1], ["blue", "green", "red"])[0, ["blue", "green", "red"].index(image.label)])
         )
     assert torch.is_tensor(features)
+
+
+def test_what_people_said_is_in_the_figures(tmp_path):
+    captions, variants, recipe = make_stores(tmp_path)
+    refs = sorted(variants.iter(recipe))[:3]
+    decisions = ("reject", "keep", "none")
+    variants.judge(
+        Verdict(ref.fingerprint, ref.key, ref.variant, decision, "anna", 1.0)
+        for ref, decision in zip(refs, decisions, strict=True)
+    )
+    answers = Answers(beside(captions.path))
+    for number, (arm, answer) in enumerate([(recipe.fingerprint, "red"), (recipe.fingerprint, "blue"), ("originals", "red")]):
+        answers.add(Answer(str(number), "anna", "class", arm, "ab", "red", answer, 1.0))
+    facts = survey(captions, variants, recipe, originals=tmp_path / "data")
+    assert (facts.overall.judged, facts.overall.refused) == (2, 1)
+    assert facts.human_answers == 2
+    assert facts.human_consistency == pytest.approx((0.5, 0.0945, 0.9055), abs=1e-4)
+    judged = {variant.verdict: variant.judge for image in facts.images for variant in image.variants}
+    assert judged == {"reject": "anna", "keep": "anna", None: ""}
+    write_report(tmp_path / "report.html", captions, variants, recipe, originals=tmp_path / "data")
+    page = (tmp_path / "report.html").read_text()
+    assert "rejected by <bdi>anna</bdi>" in page
+    assert "Seen by people" in page
+    assert "<code>sgid review</code>" in page

@@ -208,6 +208,7 @@ def _card(number: int, image: ImageFacts, reader: Reader, max_side: int) -> Card
     similarities = [variant.image_similarity for variant in made if variant.image_similarity is not None]
     kept = [variant.answer == image.label for variant in made if variant.answer is not None]
     states = {"lost": not all(kept), "kept": bool(kept) and all(kept), "rejected": len(made) < len(image.variants)}
+    states["refused"] = any(variant.verdict == "reject" for variant in made)
     states["contradicts"] = image.contradiction is not None
     return Card(
         image=image,

@@ -21,7 +21,8 @@ from sgid_transforms.errors import ImageError
 from sgid_transforms.images.keys import to_uint8_chw
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.recipe.recipe import Recipe
-from sgid_transforms.report.metrics import Scorer, cmmd, mean_pairwise_distance, vendi_score
+from sgid_transforms.report.answers import Answers, beside
+from sgid_transforms.report.metrics import Scorer, cmmd, human_consistency, mean_pairwise_distance, vendi_score
 from sgid_transforms.variants.store import VariantStore
 
 NO_LABEL = "(no label)"
@@ -48,6 +49,8 @@ class VariantFacts:
         text_similarity: Cosine of the embeddings of the variant and its prompt.
         label_probability: Probability of its label among all class names.
         answer: The class name that the scorer finds likeliest.
+        verdict: ``"reject"`` or ``"keep"``, if people judged it.
+        judge: Who did.
     """
 
     number: int
@@ -60,6 +63,8 @@ class VariantFacts:
     text_similarity: float | None = None
     label_probability: float | None = None
     answer: str | None = None
+    verdict: str | None = None
+    judge: str = ""
 
     @property
     def made(self) -> bool:
@@ -118,6 +123,8 @@ class ClassFacts:
         distance: Mean cosine distance between the first variants of two originals.
         vendi_originals: Effective number of different originals.
         vendi: Effective number of different first variants.
+        judged: Number of variants that people judged.
+        refused: Number of those that they rejected.
     """
 
     label: str
@@ -132,6 +139,8 @@ class ClassFacts:
     distance: float | None = None
     vendi_originals: float | None = None
     vendi: float | None = None
+    judged: int = 0
+    refused: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,8 @@ class Survey:
         cmmd: CMMD between the variants of one half of the originals and the other half.
         cmmd_floor: CMMD between the two halves of the originals: the part of ``cmmd`` that is chance.
         scorer: Name of the model behind the similarities, ``""`` without one.
+        human_consistency: Share of answers in the study that are the label, for these variants, with its 95 % interval.
+        human_answers: How many answers that share is of.
     """
 
     images: tuple[ImageFacts, ...]
@@ -159,6 +170,8 @@ class Survey:
     cmmd: float | None = None
     cmmd_floor: float | None = None
     scorer: str = ""
+    human_consistency: tuple[float, float, float] | None = None
+    human_answers: int = 0
 
     def to_dict(self, *, images: bool = False) -> dict[str, Any]:
         """Plain values for ``json.dumps``; ``images`` includes those of every image."""
@@ -263,6 +276,8 @@ class Reader:
                             attempt=origin.attempt,
                             image_similarity=origin.image_similarity,
                             label_probability=origin.label_score,
+                            verdict=None if variant.verdict is None else variant.verdict.decision,
+                            judge="" if variant.verdict is None else variant.verdict.who,
                         )
                     )
                 elif (reasons := self.variants.failure(self.recipe, stored_key, number)) is not None:
@@ -301,6 +316,8 @@ class Reader:
         for one in scored:
             by_label.setdefault(one.facts.label, []).append(one)
         distance, floor = _half_cmmd(scored)
+        answers = Answers(beside(self.captions.path)).all()
+        seen = [one.is_right for one in answers if one.question == "class" and one.arm == self.recipe.fingerprint]
         return Survey(
             images=tuple(one.facts for one in scored),
             classes=tuple(_summarize(label, by_label[label]) for label in sorted(by_label)),
@@ -311,6 +328,8 @@ class Reader:
             cmmd=distance,
             cmmd_floor=floor,
             scorer="" if scorer is None else str(getattr(scorer, "id", type(scorer).__name__)),
+            human_consistency=human_consistency(seen) if seen else None,
+            human_answers=len(seen),
         )
 
     def _original(self, record: CaptionRecord | None) -> torch.Tensor | None:
@@ -394,6 +413,8 @@ def _summarize(label: str, scored: Sequence[_Scored]) -> ClassFacts:
         distance=mean_pairwise_distance(first) if len(first) > 1 else None,
         vendi_originals=vendi_score(original) if len(original) else None,
         vendi=vendi_score(first) if len(first) else None,
+        judged=sum(variant.verdict is not None for _, variant in made),
+        refused=sum(variant.verdict == "reject" for _, variant in made),
     )
 
 

@@ -119,12 +119,12 @@ function show() {
   $("next-page").disabled = offset + settings.page >= total;
 }
 
-function mark() {
+function mark(scroll = true) {
   [...$("rows").children].forEach((article, index) => {
     article.classList.toggle("current", index === at.row);
     [...article.querySelectorAll("figure:not(.origin) .picture")].forEach((button, number) => button.classList.toggle("current", index === at.row && number === at.variant));
   });
-  $("rows").children[at.row]?.scrollIntoView({ block: "nearest" });
+  if (scroll) $("rows").children[at.row]?.scrollIntoView({ block: "nearest" });
 }
 
 function redraw(index) {
@@ -314,7 +314,7 @@ async function results() {
 
 // --- the page
 
-function open(mode, row) {
+function open(mode, row, first = false) {
   for (const name of ["curate", "captions", "study"]) {
     $(name).hidden = name !== mode;
     $(`tab-${name}`).setAttribute("aria-selected", String(name === mode));
@@ -323,7 +323,8 @@ function open(mode, row) {
   location.hash = mode;
   if (mode === "captions" && (row ?? rows[at.row])) edit(row ?? rows[at.row]).catch(() => {});
   if (mode === "study") question().catch(() => {});
-  if (mode === "curate") mark();
+  if (mode === "curate") mark(!first);
+  else scrollTo(0, 0);
 }
 
 const mode = () => ["curate", "captions", "study"].find(name => !$(name).hidden);
@@ -371,7 +372,7 @@ async function begin() {
   document.addEventListener("keydown", pressed);
   await load();
   const wanted = location.hash.slice(1);
-  open(["captions", "study"].includes(wanted) ? wanted : "curate");
+  open(["captions", "study"].includes(wanted) ? wanted : "curate", undefined, true);
 }
 
 begin().catch(() => {});
