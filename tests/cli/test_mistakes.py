@@ -157,6 +157,9 @@ MISTAKES = [
     ("an export into somebody else's folder", somebody_elses, "export data out", "holds something else"),
     ("a report without stores", nothing, "report", "no variant store"),
     ("a report without captions", real_store, "report", "no caption store"),
+    ("a review without stores", nothing, "review", "no variant store"),
+    ("a review without captions", real_store, "review", "no caption store"),
+    ("a review of no folder", nothing, "review nowhere", "nowhere is not a folder"),
 ]
 
 
