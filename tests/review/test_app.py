@@ -2,7 +2,11 @@
 
 import http.client
 import json
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -258,3 +262,22 @@ class TestLists:
     def test_removed_records_do_not_break_a_page(self, client, stores):
         stores.captions.remove([rows(client)["rows"][0]["key"]])
         assert len(rows(client)["rows"]) == 9
+
+
+def test_two_hundred_kills_lose_nothing_that_was_confirmed(stores):
+    """The server dies in the middle of saving; the last caption is either the confirmed one or the one that was being saved."""
+    here, key = Path(__file__).parent, stores.scan.images[0].key
+    environment = os.environ | {"PYTHONPATH": str(here.parent / "helpers")}
+    command = [sys.executable, str(here / "kill_review_server.py"), str(stores.folder), "200", key]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    confirmed = [line.split() for line in json.loads(done.stdout)]
+    verdicts = {int(number) for path, number in confirmed if path == "/api/verdicts"}
+    assert len(verdicts) > 200
+    assert verdicts <= {one.variant for one in stores.variants.all_verdicts()}
+    assert stores.variants.verify().damaged == ()
+    last = max(int(number) for path, number in confirmed if path == "/api/caption")
+    record = stores.captions.get(key)
+    assert int(record.caption.removeprefix("caption ")) >= last
+    assert stores.captions.verify().ok
+    assert not list(stores.folder.glob("**/*.tmp"))

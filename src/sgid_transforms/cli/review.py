@@ -30,9 +30,9 @@ def review(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0: any free one.")] = 0,
 ) -> None:
-    """Judge variants in the browser: reject bad ones, edit captions, or do a study with several people.
+    """Judge variants in the browser, alone or in a study.
 
-    Training with SGIDAugment never shows a rejected variant again. Ctrl-C ends the server.
+    Reject bad variants, which training with SGIDAugment then never shows again, and edit captions. Ctrl-C ends the server.
     """
     from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.models.clip import CLIPScorer
