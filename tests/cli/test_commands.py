@@ -4,13 +4,16 @@ import errno
 import inspect
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
 from image_folders import BROKEN, GOOD, own_folder, picture, plain_folder
+from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.cli.output import bar, duration, size, tiny_note
 from sgid_transforms.cli.preview import preview
@@ -331,3 +334,25 @@ def test_every_preset_can_be_previewed_at_the_default_strengths(name):
     default = inspect.signature(preview).parameters["strengths"].default
     for strength in map(float, default.split(",")):
         Recipe.preset(name).replace(strength=strength)
+
+
+def test_the_review_prints_its_address_and_ends_with_ctrl_c(tmp_path):
+    """The real command, its real server, and the signal that a terminal sends."""
+    pytest.importorskip("fastapi", reason="the review extra is not installed")
+    captions = CaptionStore(tmp_path / "captions.sqlite")
+    captions.put(CaptionRecord("ab" * 16, "a cat on a sofa", "cat"))
+    captions.close()
+    (tmp_path / "variants").mkdir()
+    command = [sys.executable, "-m", "sgid_transforms.cli", "review", "--scorer", "none", "--name", "anna"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().removeprefix("1 originals: ").strip()
+            opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+            assert b"<h1>Review</h1>" in opener.open(address, timeout=20).read()
+            page = address.partition("?")[0]
+            assert json.load(opener.open(f"{page}api/start", timeout=20))["who"] == "anna"
+            assert page.startswith("http://127.0.0.1:")
+        finally:
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out.splitlines()[-1], err) == (0, "stopped", "")
