@@ -4,17 +4,11 @@ import pytest
 
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
-from browser import needs_chromium, open_chromium, size
+from browser import needs_chromium, size
 
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
 pytestmark = needs_chromium
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with open_chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from browser import needs_chromium, open_chromium, size
+from browser import needs_chromium, size
 from sgid_transforms.captions.record import CaptionRecord
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.images.keys import image_key
@@ -23,12 +23,6 @@ from sgid_transforms.transforms.augment import SGIDAugment
 from sgid_transforms.variants.store import VariantStore
 
 pytestmark = needs_chromium
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with open_chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
 
 
 @pytest.fixture

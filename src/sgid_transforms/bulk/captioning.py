@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sgid_transforms.bulk.plan import Models
-from sgid_transforms.captions.prepare import Describer, Entry, alone, complete
+from sgid_transforms.captions.prepare import Entry, alone, complete
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.images.folders import ImageFile, Scan, Skipped, list_folder, scan_files
 from sgid_transforms.images.reading import load_image
@@ -80,14 +80,7 @@ def caption_folder(
         StoreError: The caption store cannot be read or written.
     """
     models = models or Models()
-    describer = Describer(
-        recipe.prompt,
-        models.captioner_for(recipe),
-        models.scorer_for(recipe),
-        models.device,
-        models.batch_size,
-        recipe.caption_mode,
-    )
+    describer = models.describer_for(recipe)
     stopped = False
 
     def entries() -> Iterator[Entry]:

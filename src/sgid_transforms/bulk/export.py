@@ -53,6 +53,7 @@ def export_folder(
 
     A ``metadata.jsonl`` for Hugging Face's imagefolder is written beside them: ``file_name``, ``text`` (the prompt), ``label``,
     and where the variant comes from. Images are copied byte by byte; files that are there already are not written again.
+    Variants that people rejected are left out; what they said about the others is in the metadata.
 
     Args:
         scan: the original images; class folders get the same names.
@@ -63,8 +64,6 @@ def export_folder(
             number is taken.
         originals: also copy the originals.
         progress: wraps the iterable of images, as ``tqdm`` does.
-
-    Variants that people rejected are left out; what they said about the others is in the metadata.
 
     Raises:
         FolderError: ``out`` holds something else, overlaps with the images, or cannot be written.

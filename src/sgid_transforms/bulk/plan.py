@@ -1,11 +1,13 @@
 """Plan a job over a whole folder: what is missing, and which models to use. No model is loaded."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sgid_transforms.building.address import Address
 from sgid_transforms.building.builder import GeneratorFactory, auto_models
+from sgid_transforms.captions.prepare import Describer
 from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import MissingCaptionError, RecipeError
 from sgid_transforms.images.folders import KnownImage
@@ -41,6 +43,11 @@ class Models:
     def scorer_for(self, recipe: Recipe) -> Any:
         """The CLIP model that goes with a recipe."""
         return auto_models(recipe, self.captioner, self.scorer)[1]
+
+    def describer_for(self, recipe: Recipe) -> Describer:
+        """What captions and scores images for a recipe."""
+        captioner, scorer = auto_models(recipe, self.captioner, self.scorer)
+        return Describer(recipe.prompt, captioner, scorer, self.device, self.batch_size, recipe.caption_mode)
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,10 @@ def missing_variants(
     for image in images:
         record = records.get(image.key)
         rejected = rejections.get(image_part(image.key))
-        numbers = (
-            address.numbers(record, count, rejected, image.file.label) if record is not None and rejected else range(count)
-        )
+        numbers: Iterable[int] = range(count)
+        if record is not None and rejected:
+            with contextlib.suppress(MissingCaptionError):
+                numbers = list(address.numbers(record, count, rejected, image.file.label))
         for number in numbers:
             try:
                 key = None if record is None else address.key(record, number, image.file.label)

@@ -26,7 +26,7 @@ def review(
     scorer: options.Scorer = "auto",
     device: options.Device = "auto",
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where to listen. Others can only reach a public one.")
+        str, typer.Option(metavar="ADDRESS", help="Address or name of this machine, to let others in.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0: any free one.")] = 0,
 ) -> None:
@@ -37,7 +37,6 @@ def review(
     from sgid_transforms.captions.store import CaptionStore
     from sgid_transforms.models.clip import CLIPScorer
     from sgid_transforms.report.answers import Answers, beside
-    from sgid_transforms.variants.store import VariantStore
 
     try:
         import fastapi  # noqa: F401
@@ -57,14 +56,14 @@ def review(
     names = [one.stem for one in recipe] if recipe else [recipes[0].model]
     if not data.is_dir():
         fail(f"{data} is not a folder; give the folder of the originals")
-    options.variant_store(variants)
+    store = options.variant_store(variants, readonly=False)
     if not captions.exists():
         fail(f"there is no caption store at {captions}; give its file with --captions, or run sgid generate first")
     models = options.models_from(device, 32, scorer=scorer)
     chosen = models.scorer_for(recipes[0])
     clip = None if chosen == "none" else CLIPScorer(chosen, models.device)
     with closing(CaptionStore(captions)) as texts:
-        galleries = [Gallery(texts, VariantStore(variants), one, data, clip) for one in recipes]
+        galleries = [Gallery(texts, store, one, data, clip) for one in recipes]
         if not len(galleries[0]):
             fail(f"the caption store {captions} is empty; run sgid generate first")
         study = Study(galleries, names, Answers(beside(captions)), study_images, clip)
@@ -73,7 +72,7 @@ def review(
             server = Server(galleries[0], maker, study, who=who or _user(), count=count, host=host, port=port)
         except OSError as error:
             fail(f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port")
-        if host not in ("127.0.0.1", "localhost", "::1"):
+        if host not in ("127.0.0.1", "localhost"):
             note(
                 "everybody who can reach this address and knows the token can change verdicts and captions; it is not encrypted"
             )

@@ -70,12 +70,6 @@ class Answers:
             connection.execute(_SCHEMA)
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", astuple(answer))
 
-    def remove(self, trial: str, who: str) -> None:
-        """Take back a person's answer."""
-        if self.path.exists():
-            with self._open("write") as connection:
-                connection.execute("DELETE FROM answers WHERE trial = ? AND who = ?", (trial, who))
-
     def all(self) -> list[Answer]:
         """All answers, oldest first."""
         if not self.path.exists():

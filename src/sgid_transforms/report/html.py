@@ -261,7 +261,7 @@ def _render(facts: Survey, recipe: Recipe, cards: Sequence[Card], title: str) ->
         labels=sorted({card.image.label for card in cards}, key=str.casefold),
         cards=cards,
         pictures=sum(picture is not None for card in cards for picture in (card.original, *(one for _, one in card.variants))),
-        style=Markup(_own_file("report.css")),
+        style=Markup(_own_file("theme.css") + _own_file("report.css")),
         script=Markup(script),
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     )

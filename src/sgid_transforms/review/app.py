@@ -107,7 +107,7 @@ class Guard:
             f"http://{one}" for one in self.hosts
         }:
             await _say(403, "another page may not change anything here")(scope, receive, send)
-        elif not length.isdecimal() or int(length) > MAX_BODY:
+        elif "transfer-encoding" in headers or not length.isdecimal() or int(length) > MAX_BODY:  # a length is required
             await _say(413, f"a request of more than {MAX_BODY} bytes is refused")(scope, receive, send)
         elif scope["path"] == "/" and self._is_right(parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]):
             answer = Response(status_code=303, headers={"location": "/"})
@@ -116,7 +116,7 @@ class Guard:
         elif not self._is_right(_cookie(headers.get("cookie", ""), self.cookie)):
             await _say(403, "open the address that `sgid review` printed, with its token")(scope, receive, send)
         else:
-            await self.app(scope, _limited(receive), self._with_headers(send))
+            await self.app(scope, receive, self._with_headers(send))
 
     def _is_right(self, token: str) -> bool:
         return secrets.compare_digest(token.encode(), self.token.encode())
@@ -128,24 +128,6 @@ class Guard:
             await send(message)
 
         return with_headers
-
-
-class _TooLargeError(Exception):
-    """A body without a length turned out to be too large."""
-
-
-def _limited(receive: Receive) -> Receive:
-    total = 0
-
-    async def limited() -> Message:
-        nonlocal total
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total > MAX_BODY:
-            raise _TooLargeError
-        return message
-
-    return limited
 
 
 def _cookie(header: str, name: str) -> str:
@@ -177,10 +159,6 @@ def make_app(gallery: Gallery, maker: Maker, study: Study, *, who: str = "", cou
     async def problem(request: Request, error: SGIDError) -> JSONResponse:
         return _say(404 if isinstance(error, NotFoundError) else 507 if isinstance(error, StoreError) else 400, str(error))
 
-    @app.exception_handler(_TooLargeError)
-    async def too_large(request: Request, error: _TooLargeError) -> JSONResponse:
-        return _say(413, f"a request of more than {MAX_BODY} bytes is refused")
-
     @app.get("/")
     def page() -> HTMLResponse:
         return HTMLResponse(_own("review.html"), headers={"cache-control": "no-store"})
@@ -191,7 +169,7 @@ def make_app(gallery: Gallery, maker: Maker, study: Study, *, who: str = "", cou
 
     @app.get("/review.css")
     def style() -> Response:
-        return Response(_own("review.css"), media_type="text/css")
+        return Response(_own("theme.css", "report") + _own("review.css"), media_type="text/css")
 
     @app.get("/favicon.ico")
     def icon() -> Response:
@@ -199,15 +177,11 @@ def make_app(gallery: Gallery, maker: Maker, study: Study, *, who: str = "", cou
 
     @app.get("/api/start")
     def start() -> dict[str, Any]:
-        recipe = gallery.recipe
         return {
             "who": who,
             "labels": gallery.labels,
             "originals": len(gallery),
-            "recipe": recipe.fingerprint,
-            "model": recipe.model,
-            "template": recipe.prompt,
-            "caption_from": recipe.caption_from,
+            "caption_from": gallery.recipe.caption_from,
             "page": _PAGE,
         }
 
@@ -224,7 +198,7 @@ def make_app(gallery: Gallery, maker: Maker, study: Study, *, who: str = "", cou
         shown = []
         for key in keys[offset : offset + _PAGE]:
             try:
-                shown.append(gallery.row(key, who))
+                shown.append(gallery.row(key))
             except NotFoundError:  # removed meanwhile
                 continue
         return {"total": len(keys), "rows": shown, "scored": gallery.scored if order != "class" else None}
@@ -254,12 +228,9 @@ def make_app(gallery: Gallery, maker: Maker, study: Study, *, who: str = "", cou
         prompts: list[dict[str, Any]] = []
         for label, text in gallery.prompts(edited, count):
             try:
-                whole, tokens, limit = maker.prompt(label, text)
+                prompts.append(maker.prompt(label, text))
             except RecipeError as error:
                 prompts.append({"prompt": "", "problem": str(error)})
-            else:
-                is_cut = text not in whole
-                prompts.append({"prompt": whole, "tokens": tokens, "limit": limit, "cut": is_cut})
         return {"prompts": prompts}
 
     @app.post("/api/caption")
@@ -361,5 +332,5 @@ class Server:
             self._thread.join(1.0)
 
 
-def _own(name: str) -> str:
-    return resources.files("sgid_transforms.review").joinpath(name).read_text(encoding="utf-8")
+def _own(name: str, package: str = "review") -> str:
+    return resources.files(f"sgid_transforms.{package}").joinpath(name).read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from sgid_transforms.recipe.prompts import context_of
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.report.html import encode
 from sgid_transforms.report.metrics import Scorer
-from sgid_transforms.variants.layout import image_part
+from sgid_transforms.variants.layout import image_key_of, image_part
 from sgid_transforms.variants.store import VariantRef, VariantStore
 
 _log = logging.getLogger("sgid_transforms")
@@ -31,8 +31,6 @@ _log = logging.getLogger("sgid_transforms")
 _SIDE = 320  # pixels of the longest side of a picture on the page
 _PICTURES = 4096  # kept in memory
 _SCORED_AT_ONCE = 16
-ORDERS = ("class", "label", "change")
-STATES = ("all", "rejected", "unjudged")
 
 
 class NotFoundError(SGIDError, LookupError):
@@ -116,7 +114,7 @@ class Gallery:
         if state != "all":
             standing = self.variants.verdicts()
             named = {
-                name[1][:-16]
+                image_key_of(name[1])
                 for name, verdict in standing.items()
                 if name[0] == self.recipe.fingerprint
                 and (state == "unjudged" or (verdict.decision == "reject" and verdict.who == who))
@@ -152,7 +150,7 @@ class Gallery:
         except MissingCaptionError:
             return None
 
-    def row(self, key: str, who: str = "") -> dict[str, Any]:
+    def row(self, key: str) -> dict[str, Any]:
         """One original with its variants, for the page."""
         record = self.record(key)
         verdicts = self.variants.verdicts()

@@ -68,13 +68,20 @@ class Maker:
         threading.Thread(target=self._run, args=(key,), name="sgid-review-maker", daemon=True).start()
         return True
 
-    def prompt(self, label: str, caption: str) -> tuple[str, int | None, int | None]:
-        """The prompt of a text, its number of tokens, and the model's limit; None while the model's tokenizer is unknown."""
-        tokenizer, limit = self._reader()
-        prompt = build_prompt(self._gallery.recipe.prompt, label, caption, tokenizer=tokenizer, max_tokens=limit)
+    def prompt(self, label: str, caption: str) -> dict[str, Any]:
+        """The prompt of a text, whether the caption was cut, its number of tokens, and the model's limit.
+
+        The last two are None while the model's tokenizer is unknown.
+
+        Raises:
+            RecipeError: The label does not fit.
+        """
+        template, (tokenizer, limit) = self._gallery.recipe.prompt, self._reader()
+        prompt = build_prompt(template, label, caption, tokenizer=tokenizer, max_tokens=limit)
+        said: dict[str, Any] = {"prompt": prompt, "cut": prompt != build_prompt(template, label, caption)}
         if tokenizer is None:
-            return prompt, None, None
-        return prompt, len(tokenizer(prompt)["input_ids"]), limit or int(tokenizer.model_max_length)
+            return said | {"tokens": None, "limit": None}
+        return said | {"tokens": len(tokenizer(prompt)["input_ids"]), "limit": limit or int(tokenizer.model_max_length)}
 
     def _reader(self) -> tuple[Any, int | None]:
         """The tokenizer that counts: the loaded model's own, or the one in the checkpoint's folder."""
@@ -127,14 +134,7 @@ class Maker:
                 batch_size=models.batch_size,
             )
             self._generate = spec.build().generate
-            self._describer = Describer(
-                recipe.prompt,
-                models.captioner_for(recipe),
-                models.scorer_for(recipe),
-                models.device,
-                models.batch_size,
-                recipe.caption_mode,
-            )
+            self._describer = models.describer_for(recipe)
         return Builder(recipe, self._generate, gallery.variants, gallery.captions, batch_size=models.batch_size)
 
 

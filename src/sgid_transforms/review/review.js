@@ -147,7 +147,7 @@ let saving = Promise.resolve();  // verdicts are sent one after the other, in th
 
 function judge(row, variants, decision, remember = true) {
   const given = { who: who(), verdicts: variants.map(one => ({ key: one.key, number: one.number, decision: typeof decision === "string" ? decision : decision[one.number] })) };
-  const before = variants.map(one => one.decision);
+  const before = variants.map(one => one.who === given.who ? one.decision : "none");  // others' verdicts stand on their own
   saving = saving.catch(() => {}).then(async () => {
     const said = await ask("/api/verdicts", given);
     variants.forEach((one, index) => { one.decision = said.decisions[index]; one.who = said.who[index]; });

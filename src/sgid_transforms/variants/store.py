@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -295,7 +295,7 @@ class VariantStore:
                 f"the verdicts could not be written into {self.root}: {error.strerror}; check the folder"
             ) from error
 
-    def verdicts(self) -> dict[tuple[str, str, int], Verdict]:
+    def verdicts(self) -> Mapping[tuple[str, str, int], Verdict]:
         """The verdict that counts for each judged variant, by (fingerprint, key, number): the newest one of anybody."""
         return self._verdicts.standing()
 

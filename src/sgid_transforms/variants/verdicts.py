@@ -5,8 +5,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from sgid_transforms.errors import StoreError
@@ -97,6 +96,17 @@ class Verdict:
             return None
 
 
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a file held when it was last read; replaced as a whole, since threads of a server share it."""
+
+    state: tuple[int, ...] | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    standing: Mapping[tuple[str, str, int], Verdict] = field(default_factory=dict)
+    damaged: int = 0
+    rejections: dict[str, Rejections] = field(default_factory=dict)
+
+
 class VerdictLog:
     """The verdicts of one store.
 
@@ -109,10 +119,7 @@ class VerdictLog:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._state: tuple[int, ...] | None = None
-        self._verdicts: tuple[Verdict, ...] = ()
-        self._standing: dict[tuple[str, str, int], Verdict] = {}
-        self._rejections: dict[str, Rejections] = {}
+        self._now = _Snapshot()
         self._warned = False
 
     def append(self, verdicts: Iterable[Verdict]) -> None:
@@ -154,56 +161,51 @@ class VerdictLog:
 
         Damaged lines are left out, and logged once.
         """
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            self._take(None, ())
-            return ()
-        state = (status.st_ino, status.st_size, status.st_mtime_ns)
-        if state != self._state:
-            try:
-                with open(self._path, "rb") as file:
-                    lines = file.read().split(b"\n")
-            except OSError as error:
-                self._warn(f"{self._path} cannot be read ({error.strerror}); its verdicts do not count")
-                return self._verdicts
-            found = [Verdict.from_line(line) for line in lines[:-1]]  # the last one is empty, or not yet complete
-            if damaged := found.count(None):
-                self._warn(f"{damaged} of {len(found)} verdicts in {self._path} are damaged and do not count")
-            self._take(state, tuple(one for one in found if one is not None))
-        return self._verdicts
+        return self._read().verdicts
 
-    def standing(self) -> dict[tuple[str, str, int], Verdict]:
+    def standing(self) -> Mapping[tuple[str, str, int], Verdict]:
         """The verdict that counts for each judged variant: the newest one, after everybody's own earlier ones are dropped.
 
         A person who takes back a verdict leaves those of the others in force.
         """
-        self.read()
-        return self._standing
+        return self._read().standing
 
     def damaged(self) -> int:
         """How many lines of the file are damaged."""
-        try:
-            with open(self._path, "rb") as file:
-                return [Verdict.from_line(line) for line in file.read().split(b"\n")[:-1]].count(None)
-        except OSError:
-            return 0
+        return self._read().damaged
 
     def rejections(self, fingerprint: str) -> Rejections:
         """The rejected variants of a recipe."""
-        counting = self.standing()
-        if fingerprint not in self._rejections:
+        now = self._read()
+        known = now.rejections.get(fingerprint)
+        if known is None:
             found: dict[str, set[tuple[str, int]]] = {}
-            for (recipe, key, number), verdict in counting.items():
+            for (recipe, key, number), verdict in now.standing.items():
                 if recipe == fingerprint and verdict.decision == "reject":
                     found.setdefault(layout.image_key_of(key), set()).add((key, number))
-            self._rejections[fingerprint] = MappingProxyType({image: frozenset(names) for image, names in found.items()})
-        return self._rejections[fingerprint]
+            known = now.rejections[fingerprint] = {image: frozenset(names) for image, names in found.items()}
+        return known
 
-    def _take(self, state: tuple[int, ...] | None, verdicts: tuple[Verdict, ...]) -> None:
-        if state is None and self._state is None:
-            return
-        self._state, self._verdicts, self._standing, self._rejections = state, verdicts, _standing(verdicts), {}
+    def _read(self) -> "_Snapshot":
+        try:
+            status = os.stat(self._path)
+            state = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if state == self._now.state:
+                return self._now
+            with open(self._path, "rb") as file:
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            self._now = _Snapshot()
+            return self._now
+        except OSError as error:
+            self._warn(f"{self._path} cannot be read ({error.strerror}); its verdicts do not count")
+            return self._now
+        found = [Verdict.from_line(line) for line in lines[:-1]]  # the last one is empty, or not yet complete
+        verdicts = tuple(one for one in found if one is not None)
+        if damaged := len(found) - len(verdicts):
+            self._warn(f"{damaged} of {len(found)} verdicts in {self._path} are damaged and do not count")
+        self._now = _Snapshot(state, verdicts, _standing(verdicts), damaged)
+        return self._now
 
     def _warn(self, message: str) -> None:
         if not self._warned:
