@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from classification.generated import RankedStrength
 from classification.methods import CLASSIC, GROUPS, Variants, batch_policy, expand, image_policy, parse_method
 from torchvision.transforms import v2
 
 from sgid_transforms import Recipe, SimilarityGuidance
+from sgid_transforms.generation.requests import GenerationRequest, GenerationResult
 
 DEFAULTS = Variants(guidance=(2.0, 6.0), strength=(0.3, 0.7), k=5, p=0.6)
 
@@ -93,3 +95,26 @@ def test_classic_methods_are_torchvisions():
         _, labels = mix(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
         torch.testing.assert_close(labels.sum(1), torch.ones(4))
     assert batch_policy("randaugment", 3) is None
+
+
+def test_strength_follows_the_rank_under_one_scale():
+    """The recipe's guidance carries the rank to the generator, which gets a strength and a fixed scale instead."""
+    variants = parse_method("sgid:varies=strength,guidance=1-3,strength=0.8-1", DEFAULTS).variants
+    assert variants.ranked_scale == 2
+    recipe = variants.recipe("tiny", 0)
+    assert (recipe.guidance.scale(0.25), recipe.strength) == (0.25, (0.8, 1.0))
+    asked = [GenerationRequest(torch.zeros(3, 8, 8, dtype=torch.uint8), "a cat", guidance_scale=rank) for rank in (0.0, 0.25)]
+    seen: list[GenerationRequest] = []
+
+    class Generate:
+        tokenizer = "the generator's own"
+
+        def stream(self, pull):
+            seen.extend(pull(8))
+            yield [(request, GenerationResult(None, "black")) for request in seen]
+
+    ranked = RankedStrength(Generate(), (0.8, 1.0), 2.0)
+    (answers,) = ranked.stream(lambda room: asked)
+    assert [request for request, _ in answers] == asked
+    assert [(request.strength, request.guidance_scale) for request in seen] == [(0.8, 2.0), (pytest.approx(0.85), 2.0)]
+    assert ranked.tokenizer == "the generator's own"
