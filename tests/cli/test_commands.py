@@ -21,7 +21,7 @@ from sgid_transforms.recipe.presets import PRESETS
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
-COMMANDS = ("demo", "caption", "generate", "preview", "report", "review", "export", "verify", "prune", "doctor")
+COMMANDS = ("demo", "caption", "generate", "tune", "preview", "report", "review", "export", "verify", "prune", "doctor")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

@@ -45,6 +45,21 @@ def test_generate_report_and_preview(sgid, tmp_path):
         assert sheet.width == 5 * 134 + 6
 
 
+def test_tune_chooses_a_recipe_that_generate_takes(sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2, ("frog", "ship"))
+    code, out, err = sgid("tune", "data", "--budget", 0, "--sample", 2, "-k", 2, "--batch-size", 4)
+    assert (code, "Your recipe stays" in out, "(yours)" in out) == (0, True, True)
+    assert sorted(path.name for path in (tmp_path / "tuned").glob("*.png")) == ["front.png", "sheet-1-chosen.png"]
+    assert Recipe.from_toml(tmp_path / "tuned" / "recipe.toml") == Recipe.for_model("tiny")
+    code, out, _ = sgid("tune", "data", "--budget", 0, "--sample", 2, "-k", 2, "--json")
+    found = json.loads(out)
+    assert (code, found["tried"], len(found["points"])) == (0, 0, 1)
+    assert found["points"][0]["fingerprint"] == Recipe.for_model("tiny").fingerprint
+    assert sgid("tune", "data", "-k", 1)[0] == 2
+    code, _, err = sgid("tune", "data", "--judge", "data")
+    assert (code, "the classifier 'data' cannot be loaded" in err) == (1, True)
+
+
 def test_a_new_users_path_with_files_of_every_kind(sgid, tmp_path):
     own_folder(tmp_path / "data")
     code, out, err = sgid("generate", "data", *SMALL)
