@@ -372,4 +372,4 @@ def _finish(request: GenerationRequest, image: np.ndarray[Any, Any], flagged: bo
     if not bool(pixels.isfinite().all()):
         return RejectedImageError.not_finite(request)
     height, width = request.image.shape[-2:]
-    return resized_uint8(pixels[0].clamp(0, 1), (height, width))
+    return resized_uint8(pixels[0].clamp(0, 1), (height, width)).cpu().contiguous()

@@ -14,6 +14,7 @@ from sgid_transforms.generation.batching import BatchLimit
 from sgid_transforms.generation.encoding import PromptEmbedding
 from sgid_transforms.generation.requests import GenerationRequest
 from sgid_transforms.generation.schedule import Schedule, Step, Trajectory
+from sgid_transforms.generation.transfer import upload
 
 # Aesthetic scores that diffusers' SDXL pipelines give a refiner for the prompt and for the negative prompt.
 _AESTHETIC_SCORES = (6.0, 2.5)
@@ -21,19 +22,17 @@ _AESTHETIC_SCORES = (6.0, 2.5)
 
 @dataclass(eq=False)
 class Sample:
-    """One request on its way through the model."""
+    """One request on its way through the model. Its tensors are at ``slot`` in a `Latents` and in the `Conditions`."""
 
     request: GenerationRequest
     size: tuple[int, int]
     trajectory: Trajectory
     guided: tuple[bool, ...]  # for each step, whether the unconditional half is evaluated
-    generator: torch.Generator
+    slot: int
     prompt: PromptEmbedding | None = None
     negative: PromptEmbedding | None = None
     encoded: tuple[Tensor, ...] | None = None
-    latents: Tensor | None = None
-    previous_x0: Tensor | None = None
-    noise: Tensor | None = None
+    noises: tuple[Tensor, ...] = ()  # for each step but the last, where the sampler draws some
     step: int = 0
 
     @property
@@ -45,6 +44,70 @@ class Sample:
         return 1 + self.guided[self.step]
 
 
+class Latents:
+    """Latents of samples of one size, a row of one tensor for each.
+
+    Args:
+        like: latents ``(C, h, w)`` of one sample.
+        capacity: number of rows.
+    """
+
+    def __init__(self, like: Tensor, capacity: int) -> None:
+        self.now = like.new_zeros(capacity, *like.shape)
+        self.previous_x0 = torch.zeros_like(self.now)  # the estimate of the step before, for samplers of second order
+        self.nothing = like.new_zeros(like.shape)
+
+    def put(self, slot: int, latents: Tensor) -> None:
+        """Start a sample."""
+        self.now[slot].copy_(latents)
+        self.previous_x0[slot].zero_()  # of an earlier sample: it has no weight, but NaN times zero is NaN
+
+
+class Conditions:
+    """What the UNet is told about each sample besides its latents: a row for the prompt, and one for the negative prompt.
+
+    Args:
+        capacity: number of samples.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._sequences: Tensor | None = None
+        self._pooled: Tensor | None = None
+        self._scales: Tensor | None = None
+
+    def put(self, sample: Sample, scale: Tensor | None) -> None:
+        """Set a sample's rows.
+
+        Args:
+            sample: Has its embeddings.
+            scale: embedding ``(D,)`` of its guidance scale, where the UNet takes one.
+        """
+        for row, embedding in ((sample.slot, sample.prompt), (self.capacity + sample.slot, sample.negative)):
+            if embedding is not None:
+                self._sequences = self._set(self._sequences, row, embedding.sequence)
+                if embedding.pooled is not None:
+                    self._pooled = self._set(self._pooled, row, embedding.pooled)
+        if scale is not None:
+            self._scales = self._set(self._scales, sample.slot, scale)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sequences ``(R, L, D)``, and pooled embeddings ``(R, P)`` where the model takes them."""
+        assert self._sequences is not None
+        pooled = None if self._pooled is None else self._pooled.index_select(0, index)
+        return self._sequences.index_select(0, index), pooled
+
+    def scales(self, slots: Tensor) -> Tensor | None:
+        """Embeddings ``(R, D)`` of guidance scales."""
+        return None if self._scales is None else self._scales.index_select(0, slots)
+
+    def _set(self, table: Tensor | None, row: int, value: Tensor) -> Tensor:
+        if table is None or table.shape[1:] != value.shape or table.device != value.device or table.dtype != value.dtype:
+            table = value.new_zeros(2 * self.capacity, *value.shape)
+        table[row].copy_(value)
+        return table
+
+
 class Denoiser:
     """Takes samples one step further, each from its own timestep.
 
@@ -52,25 +115,35 @@ class Denoiser:
         pipeline: the pipeline whose ``unet`` is called.
         schedule: the sampler and its noise levels.
         limit: maximum rows of one call.
+        capacity: maximum number of samples at a time.
         memory_format: memory format of the UNet's input.
         row_sizes: row counts to which calls are padded; if empty, no padding.
 
     Attributes:
         device: where the pipeline ran when it was last located.
         dtype: the UNet's dtype at that time.
+        conditions: what the UNet is told about the samples.
         calls: calls of the UNet so far.
         rows: rows that these evaluated for samples, without padding.
         capacity: rows that the calls had room for.
     """
 
     def __init__(
-        self, pipeline: Any, schedule: Schedule, limit: BatchLimit, memory_format: torch.memory_format, row_sizes: Sequence[int]
+        self,
+        pipeline: Any,
+        schedule: Schedule,
+        limit: BatchLimit,
+        capacity: int,
+        memory_format: torch.memory_format,
+        row_sizes: Sequence[int],
     ) -> None:
         self._pipeline = pipeline
         self._schedule = schedule
         self._format = memory_format
         self._row_sizes = sorted(row_sizes)
-        self._embeds_guidance = pipeline.unet.config.time_cond_proj_dim is not None
+        self._times: dict[tuple[int, int], Tensor] = {}
+        self._width = pipeline.unet.config.time_cond_proj_dim
+        self.conditions = Conditions(capacity)
         self.limit = limit
         self.locate()
         self.calls = self.rows = self.capacity = 0
@@ -79,13 +152,51 @@ class Denoiser:
         """Look up ``device`` and ``dtype``: diffusers walks over all modules for each, which is too slow for every step."""
         self.device = torch.device(self._pipeline._execution_device)
         self.dtype: torch.dtype = self._pipeline.unet.dtype
+        self._times.clear()
 
-    def step(self, active: list[Sample]) -> list[tuple[Tensor, Tensor]]:
-        """One step for each sample: its new latents and its estimate of the clean ones."""
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the UNet takes its guidance scale as an input, so that guidance needs no second half."""
+        return self._width is not None
+
+    def scale_embeddings(self, group: Sequence[Sample]) -> list[Tensor]:
+        """Embeddings ``(D,)`` of the samples' guidance scales, on the CPU."""
+        scales = torch.tensor([sample.request.guidance_scale for sample in group])
+        embeddings: Tensor = self._pipeline.get_guidance_scale_embedding(scales - 1, self._width)
+        return list(embeddings)
+
+    def step(self, pool: Latents, active: list[Sample]) -> list[None]:
+        """One step for each sample."""
         schedule = self._schedule
-        step = Step.of([s.trajectory.table[s.step] for s in active], self.device)
-        x = torch.stack([s.latents for s in active if s.latents is not None])
-        output = self._predict(active, x, step.timestep)
+        guided = [i for i, sample in enumerate(active) if sample.guided[sample.step]]
+        # All that the host knows goes over in one transfer: whole numbers below 2**24 are exact in float32.
+        second = self.conditions.capacity
+        told = [(s.slot, s.slot, 0, i, s.request.guidance_scale, *s.trajectory.table[s.step]) for i, s in enumerate(active)]
+        told += [(told[i][0], second + told[i][0], 1, *told[i][3:]) for i in guided]
+        rows = len(told)
+        capacity = next((size for size in self._row_sizes if size >= rows), rows)
+        told += [told[0]] * (capacity - rows)  # any valid row will do
+        (numbers,) = upload([torch.tensor(told, dtype=torch.float32)], self.device)
+        index, step = numbers[:, :4].long().unbind(1), Step.of(numbers[: len(active), 5:])
+        slots = index[0][: len(active)]
+
+        samples = pool.now.index_select(0, index[0])
+        x = samples[: len(active)]
+        output = self._predict(samples, numbers[:, 5], index, active[0].size)
+        self.calls += 1
+        self.rows += rows
+        self.capacity += max(self.limit.value, rows)
+        if guided:
+            partners, scale = index[3][len(active) : rows], numbers[len(active) : rows, 4].view(-1, 1, 1, 1)
+            unconditional, conditional = output[len(active) : rows], output[: len(active)]
+            if len(guided) == len(active):
+                output = samplers.guide(conditional, unconditional, scale)
+            else:
+                guidance = samplers.guide(conditional.index_select(0, partners), unconditional, scale)
+                output = conditional.index_copy(0, partners, guidance)
+        else:
+            output = output[: len(active)]
+
         x0 = samplers.predict_x0(schedule.prediction_type, output, x, step.alpha, step.sigma)
         if schedule.clip is not None:
             x0 = x0.clamp(-schedule.clip, schedule.clip)
@@ -95,66 +206,39 @@ class Denoiser:
         elif schedule.sampler == "euler":
             x = samplers.euler_step(x, x0, step.alpha, step.sigma, step.next_alpha, step.next_sigma)
         elif schedule.sampler == "dpmsolver++":
-            previous = torch.stack([x0[i] if s.previous_x0 is None else s.previous_x0 for i, s in enumerate(active)])
+            previous = pool.previous_x0.index_select(0, slots)
             x = samplers.dpmpp_2m_step(
                 x, x0, previous, step.alpha, step.sigma, step.next_alpha, step.next_sigma, step.extrapolation
             )
+            pool.previous_x0.index_copy_(0, slots, x0)
         else:
-            x = samplers.lcm_step(x, x0, self._step_noise(active), step.c_skip, step.c_out, step.next_alpha, step.next_sigma)
-        return list(zip(x.unbind(), x0.unbind(), strict=True))
+            noise = torch.stack([s.noises[s.step] if s.remaining > 1 else pool.nothing for s in active])
+            x = samplers.lcm_step(x, x0, noise, step.c_skip, step.c_out, step.next_alpha, step.next_sigma)
+        pool.now.index_copy_(0, slots, x)
+        return [None] * len(active)
 
-    def _predict(self, active: list[Sample], x: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet's output for each sample, guided where the sample is guided at its step; float32."""
-        guided = [i for i, s in enumerate(active) if s.guided[s.step]]
-        order = torch.tensor([*range(len(active)), *guided], device=x.device)
-        embeddings = [s.prompt for s in active] + [active[i].negative for i in guided]
-        negative = [False] * len(active) + [True] * len(guided)
-        rows = len(embeddings)
-        capacity = next((size for size in self._row_sizes if size >= rows), rows)
-        if capacity > rows:  # repeat the first sample: any valid row will do
-            order = torch.cat([order, order.new_zeros(capacity - rows)])
-            embeddings += [embeddings[0]] * (capacity - rows)
-            negative += [False] * (capacity - rows)
-        unet = self._pipeline.unet
+    def _predict(self, x: Tensor, timestep: Tensor, index: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """The UNet's output for each row, float32. ``index`` has each row's slot, text, and whether it is negative."""
+        sequences, pooled = self.conditions.rows(index[1])
         kwargs: dict[str, Any] = {}
-        if self._embeds_guidance:
-            scales = torch.tensor([s.request.guidance_scale for s in active])
-            embedding = self._pipeline.get_guidance_scale_embedding(scales - 1, unet.config.time_cond_proj_dim)
-            kwargs["timestep_cond"] = embedding.to(x.device, self.dtype)[order]
-        if unet.config.addition_embed_type == "text_time":
-            ids = [self._time_ids(active[0].size, n) for n in negative]
-            kwargs["added_cond_kwargs"] = {
-                "text_embeds": torch.stack([e.pooled for e in embeddings if e is not None and e.pooled is not None]),
-                "time_ids": torch.tensor(ids, device=x.device, dtype=self.dtype),
-            }
-        output: Tensor = unet(
-            x.to(self.dtype)[order].contiguous(memory_format=self._format),
-            timestep[order],
-            encoder_hidden_states=torch.stack([e.sequence for e in embeddings if e is not None]),
+        if self.embeds_guidance:
+            kwargs["timestep_cond"] = self.conditions.scales(index[0])
+        if self._pipeline.unet.config.addition_embed_type == "text_time":
+            kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._time_ids(size).index_select(0, index[2])}
+        output: Tensor = self._pipeline.unet(
+            x.to(self.dtype).contiguous(memory_format=self._format),
+            timestep,
+            encoder_hidden_states=sequences,
             return_dict=False,
             **kwargs,
-        )[0].float()
-        self.calls += 1
-        self.rows += rows
-        self.capacity += max(self.limit.value, rows)
-        if not guided:
-            return output[: len(active)]
-        conditional, unconditional = output[: len(active)], output[len(active) : rows]
-        index = order[len(active) : rows]
-        scale = torch.tensor([active[i].request.guidance_scale for i in guided], device=x.device).view(-1, 1, 1, 1)
-        return conditional.index_copy(0, index, samplers.guide(conditional[index], unconditional, scale))
+        )[0]
+        return output.float()
 
-    def _time_ids(self, size: tuple[int, int], negative: bool) -> tuple[float, ...]:
-        """SDXL's size conditions for an uncropped image of a height and width, as diffusers' pipelines set them."""
-        if self._pipeline.config.get("requires_aesthetics_score", False):
-            return (*size, 0, 0, _AESTHETIC_SCORES[negative])
-        return (*size, 0, 0, *size)
-
-    def _step_noise(self, active: list[Sample]) -> Tensor:
-        """Fresh noise for each sample with further steps, from its own generator; drawn once, even if a call is repeated."""
-        for sample in active:
-            if sample.noise is None:
-                shape = sample.latents.shape if sample.latents is not None else ()
-                last = sample.remaining == 1
-                sample.noise = torch.zeros(shape) if last else torch.randn(shape, generator=sample.generator)
-        return torch.stack([s.noise for s in active if s.noise is not None]).to(self.device, non_blocking=True)
+    def _time_ids(self, size: tuple[int, int]) -> Tensor:
+        """SDXL's size conditions for an uncropped image of a height and width, for prompt and negative prompt, as diffusers'
+        pipelines set them."""
+        if size not in self._times:
+            scores = self._pipeline.config.get("requires_aesthetics_score", False)
+            ids = [(*size, 0, 0, score) if scores else (*size, 0, 0, *size) for score in _AESTHETIC_SCORES]
+            self._times[size] = torch.tensor(ids, dtype=self.dtype).to(self.device)
+        return self._times[size]

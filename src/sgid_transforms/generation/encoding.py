@@ -121,6 +121,10 @@ class LatentCodec:
         self._mean = torch.tensor(mean).view(-1, 1, 1)
         self._factor = float(config.scaling_factor) / torch.tensor(std).view(-1, 1, 1)
 
+    def to(self, device: torch.device) -> None:
+        """Keep the scale of the latents on the device where they are."""
+        self._mean, self._factor = self._mean.to(device), self._factor.to(device)
+
     def encode(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """The encoder's output for each of the images ``(B, 3, H, W)`` in [0, 1], before anything random.
 
@@ -132,17 +136,16 @@ class LatentCodec:
             return list(zip(out.latent_dist.mean.float(), out.latent_dist.std.float(), strict=True))
         return [(latents,) for latents in out.latents.float()]
 
-    def draw(self, encoded: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
-        """Scaled latents ``(C, h, w)``, float32: a sample of the posterior, where the encoder has one."""
+    def draw(self, encoded: tuple[Tensor, ...], noise: Tensor | None) -> Tensor:
+        """Scaled latents ``(C, h, w)``, float32: a sample of the posterior by unit ``noise``, where the encoder has one."""
         latents = encoded[0]
-        if len(encoded) == 2:
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device, non_blocking=True)
+        if len(encoded) == 2 and noise is not None:
             latents = latents + encoded[1] * noise
-        return (latents - self._mean.to(latents.device)) * self._factor.to(latents.device)
+        return (latents - self._mean) * self._factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)``, float32 around [0, 1], from scaled latents ``(B, C, h, w)``."""
-        latents = latents / self._factor.to(latents.device) + self._mean.to(latents.device)
+        latents = latents / self._factor + self._mean
         latents = latents.to(self._vae.dtype).contiguous(memory_format=self._format)
         images: Tensor = self._vae.decode(latents, return_dict=False)[0]
         return images.float() / 2 + 0.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor
 
 from sgid_transforms.errors import ModelLoadError, RecipeError
-from sgid_transforms.generation import samplers
 from sgid_transforms.generation.batching import BatchLimit, longest_first, run_isolated
-from sgid_transforms.generation.denoising import Denoiser, Sample
+from sgid_transforms.generation.denoising import Denoiser, Latents, Sample
 from sgid_transforms.generation.encoding import LatentCache, LatentCodec, PromptEncoder
 from sgid_transforms.generation.requests import Answers, GenerationRequest, Pull, RejectedImageError, answer_all, check_image
-from sgid_transforms.generation.schedule import Schedule, Step, Trajectory, resolve_sampler
+from sgid_transforms.generation.schedule import Schedule, Trajectory, resolve_sampler
 from sgid_transforms.generation.support import (
     check_resolution,
     limit_tokenizers,
@@ -35,6 +35,7 @@ from sgid_transforms.generation.support import (
     to_uint8,
     working_size,
 )
+from sgid_transforms.generation.transfer import download, upload
 
 _KEPT_PROMPTS = 256
 _IN_FLIGHT = 4  # batches of samples held at once: enough to keep batches full, small compared to the model
@@ -64,9 +65,14 @@ class EngineStats:
 class _Shelf:
     """The samples of one working size, which share the UNet's batches."""
 
+    latents: Latents | None = None
     pool: list[Sample] = field(default_factory=list)
     finished: list[Sample] = field(default_factory=list)
     passed_over: int = 0  # steps that went to other sizes since its last one
+
+
+_Decoding = tuple[list[Sample], Callable[[], list[Tensor | Exception]]]
+"""Samples whose images are on their way, and a function that waits for them."""
 
 
 class NativeEngine:
@@ -136,7 +142,6 @@ class NativeEngine:
             exact_strength=exact_strength,
         )
         self._interval = (float(low), float(high))
-        self._embeds_guidance = pipeline.unet.config.time_cond_proj_dim is not None
         resolution = native_resolution(pipeline) if resolution is None else resolution
         if resolution is None:
             raise RecipeError("the model's config names no sample_size, so its own resolution is unknown; set resolution")
@@ -148,7 +153,9 @@ class NativeEngine:
         self._cache = LatentCache(latent_cache, pipeline.vae) if latent_cache is not None else None
         self._unet_limit = BatchLimit(2 * batch_size)
         self._encode_limit, self._decode_limit, self._text_limit = (BatchLimit(batch_size) for _ in range(3))
-        self._denoiser = Denoiser(pipeline, self._schedule, self._unet_limit, formats.unet, row_sizes or ())
+        self._denoiser = Denoiser(
+            pipeline, self._schedule, self._unet_limit, _IN_FLIGHT * batch_size, formats.unet, row_sizes or ()
+        )
 
     @staticmethod
     def supports(pipeline: Any) -> str | None:
@@ -195,15 +202,15 @@ class NativeEngine:
     def stream(self, pull: Pull) -> Iterator[Answers]:
         """Pull requests whenever there is room for them, and yield each decoded batch; see `Engine.stream`."""
         shelves: dict[tuple[int, int], _Shelf] = {}
+        free = list(range(self._denoiser.conditions.capacity))
         self._denoiser.locate()
+        self._codec.to(self._denoiser.device)
+        decoding: list[_Decoding] = []
         while True:
-            held = sum(len(shelf.pool) + len(shelf.finished) for shelf in shelves.values())
             answers: Answers = []
-            if held <= (_IN_FLIGHT - 1) * self.batch_size:
-                room = _IN_FLIGHT * self.batch_size - held
-                while room > 0 and (requests := pull(room)):
-                    answers += self._take(requests, shelves)
-                    room -= len(requests)
+            if len(free) >= self.batch_size:
+                while free and (requests := pull(len(free))):
+                    answers += self._take(requests, shelves, free)
             working = [shelf for shelf in shelves.values() if shelf.pool]
             if working:
                 # The fullest batch first; a rare size waits a while for more requests, and then goes ahead.
@@ -212,12 +219,14 @@ class NativeEngine:
                 )
                 for one in working:
                     one.passed_over = 0 if one is shelf else one.passed_over + 1
-                answers += self._with_grad_off(self._advance, shelf)
-            for shelf in shelves.values():
-                answers += self._decoded(shelf)
+                answers += self._with_grad_off(self._advance, shelf, free)
+            # Images of the step before come to the host while the device works on this one.
+            for samples, images in decoding:
+                answers += [(sample.request, image) for sample, image in zip(samples, images(), strict=True)]
+            decoding = [one for shelf in shelves.values() for one in self._with_grad_off(self._decoded, shelf, free)]
             if answers:
                 yield answers
-            elif not working:
+            elif not working and not decoding:
                 return
             shelves = {size: shelf for size, shelf in shelves.items() if shelf.pool or shelf.finished}
 
@@ -226,13 +235,13 @@ class NativeEngine:
         with torch.no_grad(), torch.autocast(self._denoiser.device.type, enabled=False):
             return work(*arguments)
 
-    def _take(self, requests: Sequence[GenerationRequest], shelves: dict[tuple[int, int], _Shelf]) -> Answers:
+    def _take(self, requests: Sequence[GenerationRequest], shelves: dict[tuple[int, int], _Shelf], free: list[int]) -> Answers:
         """Put requests on the shelves of their sizes, ready to be denoised; returns those that failed."""
         failed: Answers = []
         groups: dict[tuple[int, int], list[Sample]] = {}
         for request in requests:
             try:
-                sample = self._accept(request)
+                sample = self._accept(request, free)
             except Exception as error:
                 failed.append((request, error))
             else:
@@ -240,26 +249,28 @@ class NativeEngine:
         for size, samples in groups.items():
             shelf = shelves.setdefault(size, _Shelf())
             for start in range(0, len(samples), self.batch_size):
-                ready, lost = self._with_grad_off(self._start, samples[start : start + self.batch_size])
+                ready, lost = self._with_grad_off(self._start, shelf, samples[start : start + self.batch_size])
                 shelf.pool += ready
-                failed += lost
+                free += [sample.slot for sample, _ in lost]
+                failed += [(sample.request, error) for sample, error in lost]
         return failed
 
-    def _advance(self, shelf: _Shelf) -> Answers:
+    def _advance(self, shelf: _Shelf, free: list[int]) -> Answers:
         """Run one step for as many samples as fit; returns those that failed."""
+        assert shelf.latents is not None
         pool = shelf.pool
         chosen = longest_first([s.remaining for s in pool], [s.rows for s in pool], self._unet_limit.value)
         active = [pool[i] for i in chosen]
-        outcomes = run_isolated(self._denoiser.step, active, self._unet_limit, cost=lambda s: s.rows)
+        step = partial(self._denoiser.step, shelf.latents)
+        outcomes = run_isolated(step, active, self._unet_limit, cost=lambda s: s.rows)
         failed: Answers = []
         gone: set[Sample] = set()
         for sample, outcome in zip(active, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 failed.append((sample.request, outcome))
+                free.append(sample.slot)
                 gone.add(sample)
             else:
-                sample.latents, sample.previous_x0 = outcome
-                sample.noise = None
                 sample.step += 1
                 if not sample.remaining:
                     shelf.finished.append(sample)
@@ -267,29 +278,28 @@ class NativeEngine:
         shelf.pool = [sample for sample in pool if sample not in gone]
         return failed
 
-    def _accept(self, request: GenerationRequest) -> Sample:
+    def _accept(self, request: GenerationRequest, free: list[int]) -> Sample:
         check_image(request.image)
         trajectory = self._schedule.trajectory(request.strength)
         height, width = request.image.shape[-2:]
         size = working_size(height, width, self._resolution, self._multiple)
-        generator = torch.Generator().manual_seed(request.seed)
-        return Sample(request, size, trajectory, self._guided_steps(request, trajectory), generator)
+        return Sample(request, size, trajectory, self._guided_steps(request, trajectory), free.pop())
 
     def _guided_steps(self, request: GenerationRequest, trajectory: Trajectory) -> tuple[bool, ...]:
-        if request.guidance_scale <= 1 or self._embeds_guidance:
+        if request.guidance_scale <= 1 or self._denoiser.embeds_guidance:
             return (False,) * len(trajectory)
         low, high = self._interval
         return tuple(low <= level <= high for level in trajectory.levels)
 
-    def _start(self, group: list[Sample]) -> tuple[list[Sample], Answers]:
+    def _start(self, shelf: _Shelf, group: list[Sample]) -> tuple[list[Sample], list[tuple[Sample, Exception]]]:
         """Embed prompts, encode images and add noise; returns the samples that are ready, and those that failed."""
-        failed: Answers = []
+        failed: list[tuple[Sample, Exception]] = []
 
         def keep(samples: list[Sample], outcomes: Sequence[Any], store: Callable[[Sample, Any], None]) -> list[Sample]:
             kept = []
             for sample, outcome in zip(samples, outcomes, strict=True):
                 if isinstance(outcome, Exception):
-                    failed.append((sample.request, outcome))
+                    failed.append((sample, outcome))
                 else:
                     store(sample, outcome)
                     kept.append(sample)
@@ -303,8 +313,8 @@ class NativeEngine:
         group = keep(group, embeddings[: len(group)], lambda s, e: setattr(s, "prompt", e))
         group = keep(group, [negatives.get(s) for s in group], lambda s, e: setattr(s, "negative", e))
         group = keep(group, run_isolated(self._encode, group, self._encode_limit), lambda s, e: setattr(s, "encoded", e))
-        group = keep(group, run_isolated(self._noised, group, self._encode_limit), lambda s, e: setattr(s, "latents", e))
-        return group, failed
+        noised = run_isolated(partial(self._noised, shelf), group, self._encode_limit)
+        return keep(group, noised, lambda s, e: setattr(s, "noises", e)), failed
 
     def _encode(self, group: list[Sample]) -> list[tuple[Tensor, ...]]:
         device = self._denoiser.device
@@ -312,7 +322,7 @@ class NativeEngine:
         found = {i: hit for i, key in enumerate(keys) if self._cache and (hit := self._cache.get(key, device)) is not None}
         missing = [i for i in range(len(group)) if i not in found]
         if missing:
-            images = (group[i].request.image.to(device, non_blocking=True) for i in missing)
+            images = upload([group[i].request.image for i in missing], device)
             pixels = torch.cat([resized_floats(image, group[i].size) for i, image in zip(missing, images, strict=True)])
             for i, encoded in zip(missing, self._codec.encode(pixels), strict=True):
                 found[i] = encoded
@@ -320,40 +330,72 @@ class NativeEngine:
                     self._cache.put(keys[i], encoded)
         return [found[i] for i in range(len(group))]
 
-    def _noised(self, group: list[Sample]) -> list[Tensor]:
-        clean, noise = [], []
+    def _noised(self, shelf: _Shelf, group: list[Sample]) -> list[tuple[Tensor, ...]]:
+        """Put the samples' noisy latents and conditions into their rows; returns the noise of their later steps.
+
+        Random numbers are drawn in the order in which diffusers draws them, and go to the device in one transfer.
+        """
+        drawn: list[Tensor] = []
+        counts = []
         for sample in group:
             assert sample.encoded is not None
-            sample.generator.manual_seed(sample.request.seed)  # a batch that failed may have drawn already
-            clean.append(self._codec.draw(sample.encoded, sample.generator))
-            noise.append(torch.randn(clean[-1].shape, generator=sample.generator))
-        step = Step.of([s.trajectory.table[0] for s in group], self._denoiser.device)
-        noises = torch.stack(noise).to(self._denoiser.device, non_blocking=True)
-        noised = samplers.add_noise(torch.stack(clean), noises, step.alpha, step.sigma)
+            generator = torch.Generator().manual_seed(sample.request.seed)
+            later = len(sample.trajectory) - 1 if self.sampler == "lcm" else 0
+            counts.append(len(sample.encoded) + later)  # the posterior's, where there is one, and that of the first level
+            drawn += [torch.randn(sample.encoded[0].shape, generator=generator) for _ in range(counts[-1])]
+        scales = self._denoiser.scale_embeddings(group) if self._denoiser.embeds_guidance else []
+        there = iter(upload(drawn + scales, self._denoiser.device))
+        noises = [[next(there) for _ in range(count)] for count in counts]
+        embeddings: list[Tensor | None] = [scale.to(self._denoiser.dtype) for scale in there]
+        embeddings = embeddings or [None] * len(group)
+        for sample, noise, scale in zip(group, noises, embeddings, strict=True):
+            assert sample.encoded is not None
+            clean = self._codec.draw(sample.encoded, noise.pop(0) if len(sample.encoded) == 2 else None)
+            _, alpha, sigma, *_ = sample.trajectory.table[0]
+            noisy = alpha * clean + sigma * noise.pop(0)
+            if shelf.latents is None:
+                shelf.latents = Latents(noisy, self._denoiser.conditions.capacity)
+            shelf.latents.put(sample.slot, noisy)
+            self._denoiser.conditions.put(sample, scale)
         for sample in group:
-            sample.encoded = None
-        return list(noised)
+            sample.encoded = sample.prompt = sample.negative = None
+        return [tuple(noise) for noise in noises]
 
-    def _decoded(self, shelf: _Shelf) -> Answers:
-        """Decode finished samples that fill a batch, or that have nothing left to wait for."""
-        answers: Answers = []
+    def _decoded(self, shelf: _Shelf, free: list[int]) -> list[_Decoding]:
+        """Begin to decode finished samples that fill a batch, or that have nothing left to wait for."""
+        begun: list[_Decoding] = []
         while len(shelf.finished) >= self.batch_size or (shelf.finished and not shelf.pool):
             group, shelf.finished = shelf.finished[: self.batch_size], shelf.finished[self.batch_size :]
-            images = self._with_grad_off(run_isolated, self._decode, group, self._decode_limit)
-            answers += [(sample.request, image) for sample, image in zip(group, images, strict=True)]
-        return answers
+            parts = run_isolated(partial(self._decode, shelf), group, self._decode_limit)
+            free += [sample.slot for sample in group]
+            begun.append((group, _arrived(group, parts)))
+        return begun
 
-    def _decode(self, group: list[Sample]) -> list[Tensor | Exception]:
-        images = self._codec.decode(torch.stack([s.latents for s in group if s.latents is not None]))
-        finite = images.isfinite().flatten(1).all(1).tolist()
+    def _decode(self, shelf: _Shelf, group: list[Sample]) -> list[tuple[Tensor, Tensor]]:
+        """Images, uint8 ``(3, H, W)`` in the sizes of their originals, and whether they are finite, all on the device."""
+        assert shelf.latents is not None
+        images = self._codec.decode(torch.stack([shelf.latents.now[sample.slot] for sample in group]))
+        finite = images.isfinite().flatten(1).all(1).to(torch.uint8)
         images = images.nan_to_num().clamp(0, 1)
-        if all(s.request.image.shape[-2:] == images.shape[-2:] for s in group):  # one transfer for the whole batch
-            # copied, since an entry is a view, and would keep (and pickle) its whole batch
-            ready = [image.clone(memory_format=torch.contiguous_format) for image in to_uint8(images).cpu()]
-        else:
-            own = [(s.request.image.shape[-2], s.request.image.shape[-1]) for s in group]
-            ready = [resized_uint8(image, size) for image, size in zip(images, own, strict=True)]
-        return [
-            image if good else RejectedImageError.not_finite(s.request)
-            for s, image, good in zip(group, ready, finite, strict=True)
-        ]
+        if all(s.request.image.shape[-2:] == images.shape[-2:] for s in group):
+            return list(zip(to_uint8(images), finite, strict=True))
+        own = [(s.request.image.shape[-2], s.request.image.shape[-1]) for s in group]
+        return [(resized_uint8(image, size), good) for image, size, good in zip(images, own, finite, strict=True)]
+
+
+def _arrived(group: list[Sample], parts: Sequence[tuple[Tensor, Tensor] | Exception]) -> Callable[[], list[Tensor | Exception]]:
+    """Begin to bring decoded images to the CPU, all in one transfer; returns a function that waits for them."""
+    wait = download([tensor for part in parts if not isinstance(part, Exception) for tensor in part])
+
+    def images() -> list[Tensor | Exception]:
+        there = iter(wait())
+        found: list[Tensor | Exception] = []
+        for sample, part in zip(group, parts, strict=True):
+            if isinstance(part, Exception):
+                found.append(part)
+                continue
+            image, finite = next(there), next(there)
+            found.append(image if bool(finite) else RejectedImageError.not_finite(sample.request))
+        return found
+
+    return images

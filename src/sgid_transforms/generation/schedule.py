@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,9 +45,9 @@ class Step(NamedTuple):
     c_out: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Step:
-        """Steps of several samples, from one row of each sample's `Trajectory.table`."""
-        columns = torch.stack(list(rows)).to(device, non_blocking=True).unbind(1)
+    def of(cls, rows: Tensor) -> Step:
+        """Steps of several samples, from ``(B, 8)`` with one row of each sample's `Trajectory.table`."""
+        columns = rows.unbind(1)
         return cls(columns[0], *(column.view(-1, 1, 1, 1) for column in columns[1:]))
 
 
@@ -56,11 +56,11 @@ class Trajectory:
     """All steps that one strength runs.
 
     Args:
-        table: float32 ``(steps, 8)`` on the CPU, with the columns of `Step`.
+        table: a row for each step, with the columns of `Step`, in float32's precision.
         levels: each step's timestep as a share of the training timesteps, in [0, 1], falling.
     """
 
-    table: Tensor
+    table: tuple[tuple[float, ...], ...]
     levels: tuple[float, ...]
 
     def __len__(self) -> int:
@@ -201,9 +201,9 @@ class Schedule:
         scaled = timesteps * float(self._scheduler.config.get("timestep_scaling", 10.0))
         norm = (scaled**2 + _SIGMA_DATA**2).sqrt()
         columns = (timesteps, alpha, sigma, next_alpha, next_sigma, extrapolation, (_SIGMA_DATA / norm) ** 2, scaled / norm)
-        table = torch.stack(columns, 1)[start:].float().contiguous()
+        table = torch.stack(columns, 1)[start:].float().tolist()
         levels = (timesteps[start:] / max(self._train_steps - 1, 1)).tolist()
-        return Trajectory(table, tuple(levels))
+        return Trajectory(tuple(map(tuple, table)), tuple(levels))
 
     def _first_order_final(self, steps: int) -> bool:
         config = self._scheduler.config

@@ -192,12 +192,12 @@ def resized_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resized_uint8(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A float image ``(3, h, w)`` in [0, 1] as uint8 ``(3, H, W)`` on the CPU; it is enlarged in blocks of columns, too."""
+    """A float image ``(3, h, w)`` in [0, 1] as uint8 ``(3, H, W)``; it is enlarged in blocks of columns, too."""
     height, width = size
     if tuple(image.shape[-2:]) == size:
-        return to_uint8(image).cpu().contiguous()
+        return to_uint8(image)
     wide = _interpolate(image[None], (image.shape[1], width))
-    whole = torch.empty(3, height, width, dtype=torch.uint8)
+    whole = torch.empty(3, height, width, dtype=torch.uint8, device=image.device)
     columns = max(_BLOCK // (3 * height), 1)
     for source, target in zip(torch.split(wide, columns, 3), torch.split(whole, columns, 2), strict=True):
         target.copy_(_interpolate(source, (height, source.shape[3]))[0].mul_(255).round_().clamp_(0, 255))

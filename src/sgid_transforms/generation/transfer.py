@@ -1,0 +1,58 @@
+"""Copies between the CPU and a device: many tensors in one transfer, and no waiting for the device where that is safe.
+
+The host's side of a transfer is pinned memory, from which a device may copy while the host goes on: PyTorch keeps such memory
+until the copy is done. On MPS all copies wait, since one that does not may read memory that is freed already (pytorch#189690).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a device, in one transfer. They are of one dtype; those on the device already stay as they are."""
+    away = [tensor for tensor in tensors if tensor.device != device]
+    if not away:
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in away])
+    waits = device.type == "cpu" or _waits(device)
+    flat = flat.to(device) if waits else flat.pin_memory().to(device, non_blocking=True)
+    parts = iter(torch.split(flat, [tensor.numel() for tensor in away]))
+    return [tensor if tensor.device == device else next(parts).view(tensor.shape) for tensor in tensors]
+
+
+def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Begin to copy tensors of one dtype and device to the CPU, in one transfer.
+
+    Returns:
+        A function that waits until they are there. Each has memory of its own.
+    """
+    if not tensors or tensors[0].device.type == "cpu":
+        return lambda: [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    device, shapes = tensors[0].device, [tensor.shape for tensor in tensors]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def parts(host: Tensor) -> list[Tensor]:
+        split = torch.split(host, [shape.numel() for shape in shapes])
+        return [part.view(shape).clone() for part, shape in zip(split, shapes, strict=True)]
+
+    if _waits(device):
+        there = parts(flat.cpu())
+        return lambda: there
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    event = torch.Event(device)
+    event.record()
+
+    def wait() -> list[Tensor]:
+        event.synchronize()
+        return parts(host)
+
+    return wait
+
+
+def _waits(device: torch.device) -> bool:
+    return device.type == "mps"
