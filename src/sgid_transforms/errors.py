@@ -58,6 +58,15 @@ class ModelLoadError(GenerationError):
     """
 
 
+class DeviceLostError(GenerationError):
+    """The device stopped working, so that nothing more can be made in this process. What was stored is kept.
+
+    Examples:
+        >>> issubclass(DeviceLostError, GenerationError)
+        True
+    """
+
+
 class ServiceError(SGIDError, RuntimeError):
     """The generation service is not running, died, or refused a request.
 

@@ -6,7 +6,7 @@
     print(device.counts())
 
 Every operator runs on the CPU copy inside the wrapper. What a real device would refuse is refused: a CPU tensor beside a device
-tensor and, where there is none, float64. What costs a transfer or a wait is noted, with the line of this package that caused it:
+tensor and, where there is none, float64. What costs a transfer or a wait is noted, with the line of the package that did it:
 
 ==========  ==========================================================================================
 upload      CPU to device; it waits unless it is non-blocking from pinned memory
@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -159,13 +160,17 @@ class PretendedDevice(TorchDispatchMode):
         }
         for name, value in fakes.items():
             patch(mock.patch.object(module, name, value, create=True))
-        accelerator = torch.device(self.kind)
-        patch(mock.patch.object(torch.accelerator, "current_accelerator", lambda *args, **kwargs: accelerator))
-        patch(mock.patch.object(torch.accelerator, "is_available", lambda: True))
-        patch(mock.patch.object(torch.accelerator, "device_count", lambda: 1))
-        patch(mock.patch.object(torch.accelerator, "current_device_index", lambda: 0))
-        patch(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *args, **kwargs: self._pin(tensor)))
-        patch(mock.patch.object(torch, "Event", lambda *args, **kwargs: _PretendedEvent(self)))
+        known: dict[str, Any] = {
+            "current_accelerator": torch.device(self.kind),
+            "is_available": True,
+            "device_count": 1,
+            "current_device_index": 0,
+        }
+        for name, value in known.items():
+            patch(mock.patch.object(torch.accelerator, name, return_value=value))
+        pin, event = self._pin, partial(_PretendedEvent, self)
+        patch(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *args: pin(tensor)))
+        patch(mock.patch.object(torch, "Event", side_effect=lambda *args, **kwargs: event()))
         # Wrappers have no version counters in inference mode; no_grad serves as well here.
         mode = torch.autograd.grad_mode.inference_mode
         held: dict[int, Any] = {}
@@ -264,7 +269,9 @@ class PretendedDevice(TorchDispatchMode):
             if packet in _INDEXING and any(one is index for index in args[1] or ()):
                 self.note("upload", True)
                 continue
-            raise OtherDeviceError(f"expected all tensors on {self.device}, but one of shape {tuple(one.shape)} is on the CPU: {func}")
+            raise OtherDeviceError(
+                f"expected all tensors on {self.device}, but one of shape {tuple(one.shape)} is on the CPU: {func}"
+            )
         if packet in _INDEXING and any(one is not None and one.dtype is torch.bool for one in args[1] or ()):
             self.note("item", True)
 

@@ -1,7 +1,9 @@
 """From "variant 2 of this image" to a stored variant: used by the service, and by a process without a service."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -25,6 +27,7 @@ from sgid_transforms.variants.store import VariantStore
 _log = logging.getLogger("sgid_transforms")
 
 _MAX_BYTES = 96 << 20  # of the originals that the model works on at a time
+_MAX_STORING = 64  # variants that wait to be stored
 
 CLIP = "openai/clip-vit-base-patch32"
 
@@ -191,11 +194,20 @@ class Builder:
             return requests
 
         stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
-        for results in stream(source):
-            done += [(asked[request][0], self._finish(*asked.pop(request), request, result)) for request, result in results]
-            del results  # else their pixels stay in memory until the next group
-            yield done
-            done = []
+        storing: deque[tuple[Wanted, Future[Outcome]]] = deque()
+        # A thread of its own encodes and stores, so that the device does not wait for the disk.
+        with ThreadPoolExecutor(1, "sgid-writer") as writer:
+            for results in stream(source):
+                for request, result in results:
+                    one = asked[request][0]
+                    storing.append((one, writer.submit(self._finish, *asked.pop(request), request, result)))
+                del results  # else their pixels stay in memory until the next group
+                while storing and (storing[0][1].done() or len(storing) > _MAX_STORING):
+                    done.append((storing[0][0], storing.popleft()[1].result()))
+                if done:
+                    yield done
+                    done = []
+            done += [(one, outcome.result()) for one, outcome in storing]
         if done:
             yield done
 

@@ -12,7 +12,20 @@ from sgid_transforms.errors import GenerationError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+# What CUDA, ROCm, XPU, MPS and NPU say when there is no memory left, also in libraries that cannot make their workspace.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "cublas_status_not_initialized",
+    "unable to find an engine",
+    "out_of_device_memory",
+    "out_of_host_memory",
+    "invalid buffer size",
+)
+# What they say when a kernel failed: from then on, every call in this process fails.
+_LOST = ("cuda error", "hip error", "device-side assert", "execution_failed", "device_lost", "device lost", "aicore")
 
 
 class BatchLimit:
@@ -33,6 +46,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an exception says that the device cannot be used any more, which concerns all requests."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and not is_out_of_memory(error) and any(sign in said for sign in _LOST)
+
+
 def run_isolated(
     work: Callable[[list[Item]], Sequence[Result]],
     items: Sequence[Item],
@@ -49,6 +68,9 @@ def run_isolated(
         items: what to work on.
         limit: the largest total cost of a batch; a single item is always tried, whatever it costs.
         cost: an item's share of the limit.
+
+    Raises:
+        RuntimeError: the device is lost.
     """
     results: dict[int, Result | Exception] = {}
     pending = [list(range(len(items)))]
@@ -64,6 +86,8 @@ def run_isolated(
         try:
             outcome = work([items[i] for i in group])
         except Exception as error:
+            if is_device_lost(error):
+                raise
             failure = error
         if failure is None:
             results.update(zip(group, outcome, strict=True))
@@ -123,5 +147,6 @@ def _fitting(costs: Sequence[int], limit: int) -> int:
 
 
 def _release_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        torch.get_device_module(device).empty_cache()

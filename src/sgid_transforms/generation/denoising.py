@@ -14,7 +14,7 @@ from sgid_transforms.generation.batching import BatchLimit
 from sgid_transforms.generation.encoding import PromptEmbedding
 from sgid_transforms.generation.requests import GenerationRequest
 from sgid_transforms.generation.schedule import Schedule, Step, Trajectory
-from sgid_transforms.generation.transfer import upload
+from sgid_transforms.models.transfer import upload
 
 # Aesthetic scores that diffusers' SDXL pipelines give a refiner for the prompt and for the negative prompt.
 _AESTHETIC_SCORES = (6.0, 2.5)
@@ -152,7 +152,6 @@ class Denoiser:
         """Look up ``device`` and ``dtype``: diffusers walks over all modules for each, which is too slow for every step."""
         self.device = torch.device(self._pipeline._execution_device)
         self.dtype: torch.dtype = self._pipeline.unet.dtype
-        self._times.clear()
 
     @property
     def embeds_guidance(self) -> bool:
@@ -237,8 +236,9 @@ class Denoiser:
     def _time_ids(self, size: tuple[int, int]) -> Tensor:
         """SDXL's size conditions for an uncropped image of a height and width, for prompt and negative prompt, as diffusers'
         pipelines set them."""
-        if size not in self._times:
+        known = self._times.get(size)
+        if known is None or known.device != self.device or known.dtype != self.dtype:
             scores = self._pipeline.config.get("requires_aesthetics_score", False)
             ids = [(*size, 0, 0, score) if scores else (*size, 0, 0, *size) for score in _AESTHETIC_SCORES]
-            self._times[size] = torch.tensor(ids, dtype=self.dtype).to(self.device)
-        return self._times[size]
+            self._times[size] = known = torch.tensor(ids, dtype=self.dtype).to(self.device)
+        return known

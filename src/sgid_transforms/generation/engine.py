@@ -35,7 +35,7 @@ from sgid_transforms.generation.support import (
     to_uint8,
     working_size,
 )
-from sgid_transforms.generation.transfer import download, upload
+from sgid_transforms.models.transfer import download, upload
 
 _KEPT_PROMPTS = 256
 _IN_FLIGHT = 4  # batches of samples held at once: enough to keep batches full, small compared to the model
@@ -200,7 +200,7 @@ class NativeEngine:
         return answer_all(self.stream, requests)
 
     def stream(self, pull: Pull) -> Iterator[Answers]:
-        """Pull requests whenever there is room for them, and yield each decoded batch; see `Engine.stream`."""
+        """Pull requests whenever there is room for them, and yield what is done after each step; see `Engine.stream`."""
         shelves: dict[tuple[int, int], _Shelf] = {}
         free = list(range(self._denoiser.conditions.capacity))
         self._denoiser.locate()
@@ -224,10 +224,9 @@ class NativeEngine:
             for samples, images in decoding:
                 answers += [(sample.request, image) for sample, image in zip(samples, images(), strict=True)]
             decoding = [one for shelf in shelves.values() for one in self._with_grad_off(self._decoded, shelf, free)]
-            if answers:
-                yield answers
-            elif not working and not decoding:
+            if not answers and not working and not decoding:
                 return
+            yield answers
             shelves = {size: shelf for size, shelf in shelves.items() if shelf.pool or shelf.finished}
 
     def _with_grad_off(self, work: Callable[..., Any], *arguments: Any) -> Any:

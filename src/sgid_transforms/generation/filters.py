@@ -102,14 +102,12 @@ def nsfw_flags(pipeline: Any, images: Sequence[Tensor]) -> list[bool]:
     if checker is None or extractor is None or not images:
         return [False] * len(images)
     parameter = next(checker.parameters())
-    flags: list[bool] = []
-    for image in images:  # one by one: sizes may differ
-        picture = to_pil_image(image)
-        pixels = extractor([picture], return_tensors="pt").pixel_values.to(parameter.device, parameter.dtype)
-        with torch.no_grad():
-            _, flagged = checker(images=np.asarray(picture, dtype=np.float32)[None] / 255, clip_input=pixels)
-        flags.append(bool(flagged[0]))
-    return flags
+    pictures = [to_pil_image(image) for image in images]
+    pixels = extractor(pictures, return_tensors="pt").pixel_values.to(parameter.device, parameter.dtype)
+    copies = [np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]  # a list, since sizes may differ
+    with torch.no_grad():
+        _, flagged = checker(images=copies, clip_input=pixels)
+    return [bool(flag) for flag in flagged]
 
 
 class ImageFilter:

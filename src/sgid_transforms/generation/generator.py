@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from sgid_transforms.errors import GenerationError, RecipeError
+from sgid_transforms.errors import DeviceLostError, GenerationError, RecipeError
 from sgid_transforms.generation.adapters import PipelineAdapter
+from sgid_transforms.generation.batching import is_device_lost
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.filters import ImageFilter, Verdict, needs_clip, retry_seed, retry_strength
 from sgid_transforms.generation.requests import (
@@ -229,7 +230,22 @@ class Generator:
         Args:
             pull: Hands over up to the given number of waiting requests, or fewer if fewer wait. When it returns none and all
                 work is done, the stream ends.
+
+        Raises:
+            DeviceLostError: the device stopped working.
         """
+        try:
+            yield from self._stream(pull)
+        except RuntimeError as error:
+            if not is_device_lost(error):
+                raise
+            said = str(error).partition("\n")[0]
+            raise DeviceLostError(
+                f"the device stopped working ({said}), so this process can make nothing more; start it again: what was stored "
+                "is kept"
+            ) from error
+
+    def _stream(self, pull: Pull) -> Iterator[list[tuple[GenerationRequest, GenerationResult]]]:
         again: deque[GenerationRequest] = deque()
         in_work: _InWork = {}
         done: list[tuple[GenerationRequest, GenerationResult]] = []
@@ -253,9 +269,8 @@ class Generator:
             for answers in self.engine.stream(source):
                 done += self._judge(answers, in_work, again)
                 del answers  # else their pixels stay in memory until the next group
-                if done:
-                    yield done
-                    done = []
+                yield done
+                done = []
             if done:  # refused before the engine saw them
                 yield done
                 done = []

@@ -126,7 +126,8 @@ class Engine(Protocol):
         """
 
     def stream(self, pull: Pull) -> Iterator[Answers]:
-        """Pull requests whenever there is room for them, and yield each group that is done, in no particular order."""
+        """Pull requests whenever there is room for them, and yield what is done, in no particular order; it may be nothing, so
+        that the caller can do something else between two steps."""
 
     def evaluations(self, request: GenerationRequest) -> int:
         """Model evaluations (rows of a batch) that this request takes, before it is run."""

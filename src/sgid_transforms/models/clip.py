@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sgid_transforms.errors import GenerationError, ModelLoadError
 from sgid_transforms.models.checkpoints import check_weights, first_sentence, resolve_model
 from sgid_transforms.models.loading import default_dtype, is_offline, quiet
+from sgid_transforms.models.transfer import upload
 
 LABEL_TEMPLATE = "a photo of a {label}"
 
@@ -96,7 +97,7 @@ class CLIPScorer:
                 )
         features = []
         for start in range(0, len(images), self.batch_size):
-            chunk = [self._middle(image).to(self.device) for image in images[start : start + self.batch_size]]
+            chunk = upload([self._middle(image) for image in images[start : start + self.batch_size]], self.device)
             inputs = self._processor(images=chunk, input_data_format="channels_first", return_tensors="pt")
             with torch.inference_mode():
                 output = self._model.get_image_features(pixel_values=inputs["pixel_values"].to(self.device, self._model.dtype))

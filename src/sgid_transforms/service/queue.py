@@ -58,6 +58,7 @@ class WantedQueue:
         self._callers = 0
         self._blocked = 0
         self._closed = False
+        self._refusal: str | None = None
         self._changed = threading.Condition()
 
     def add_caller(self, count: int = 1) -> None:
@@ -78,7 +79,12 @@ class WantedQueue:
                 if known is None:
                     known = self._background.pop(one.name, None)
                     self.stats.merged += known is not None
-                    known = self._urgent[one.name] = known or _Waiting(one, Future(), time.monotonic())
+                    known = known or _Waiting(one, Future(), time.monotonic())
+                    if self._refusal is not None:
+                        futures.append(known.outcome)
+                        known.outcome.set_result(Outcome(Status.FAILED, self._refusal))
+                        continue
+                    self._urgent[one.name] = known
                 else:
                     self.stats.merged += 1
                 futures.append(_not_made(known.outcome) if one.name in self._claimed else known.outcome)
@@ -158,6 +164,16 @@ class WantedQueue:
             running = [waiting.wanted for waiting in self._running.values()]
         outcome = Outcome(Status.FAILED, reason, made=True)
         return [outcome for wanted in running if not self.complete(wanted, outcome)]
+
+    def refuse(self, reason: str) -> list[Outcome]:
+        """Close, and fail everything, also what is requested from now on; returns the outcomes that nobody waits for."""
+        self.close()
+        with self._changed:
+            self._refusal = reason
+            for queue in (self._urgent, self._background):
+                self._running |= queue
+                queue.clear()
+        return self.fail(reason)
 
     def close(self) -> None:
         """Make `wait` return False and `pull` nothing."""

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from sgid_transforms.building.wanted import Outcome, Wanted
+from sgid_transforms.errors import DeviceLostError
 from sgid_transforms.service.protocol import PICTURE_BYTES, Frame, outcome_header, recv_frame, send_frame, wanted_of
 from sgid_transforms.service.queue import WantedQueue
 
@@ -27,6 +28,7 @@ _FRAME_SECONDS = 60.0  # for a client to send the rest of a frame, or to read an
 _PAUSE = 0.05  # seconds before the next try after there was no descriptor, thread or room for a client
 _GRACE = 2.0  # seconds for pixels to arrive while others wait for room, plus their size divided by
 _SLOWEST = 32 << 20  # bytes per second
+_FAREWELL = 5.0  # seconds in which callers are told that the device is lost, before the service ends
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("sgid_transforms")
@@ -134,7 +136,8 @@ class Server:
         self._room = Room()
 
     def run(self, factory: BuilderFactory) -> bool:
-        """Load the model in this thread and serve until `stop`; returns False when it could not be loaded."""
+        """Load the model in this thread and serve until `stop`; returns False when it could not be loaded, or the device is
+        lost."""
         threading.Thread(target=self._accept, daemon=True, name="sgid-accept").start()
         try:
             builder = factory()
@@ -150,6 +153,12 @@ class Server:
                     for outcome in [outcome for one, outcome in group if not self._queue.complete(one, outcome)]:
                         builder.count(outcome)
                     del group  # else their pixels stay in memory until the next group
+            except DeviceLostError as error:
+                _log.error("%s", error)
+                for outcome in self._queue.refuse(str(error)):
+                    builder.count(outcome)
+                threading.Event().wait(_FAREWELL)  # every caller is told why before the process ends
+                return False
             except Exception as error:
                 _log.error("variants in progress failed\n%s", traceback.format_exc())
                 for outcome in self._queue.fail(f"{type(error).__name__}: {error}"):
