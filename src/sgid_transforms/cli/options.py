@@ -71,13 +71,11 @@ def variant_store(path: Path, readonly: bool = True) -> "VariantStore":
 
 
 def resolve_device(device: str) -> str:
-    """Choose CUDA for ``auto`` where there is a device, else the CPU; refuse any other name that cannot be used."""
-    import torch
-
-    from sgid_transforms.models.loading import check_device
+    """Choose the accelerator for ``auto`` where there is one, else the CPU; refuse any other name that cannot be used."""
+    from sgid_transforms.models.loading import check_device, default_device
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         return str(check_device(device))
     except ModelLoadError as error:

@@ -148,7 +148,7 @@ class Generator:
         unknown = sorted(set(loading) - set(inspect.signature(load_pipeline).parameters))
         if unknown:
             raise RecipeError(f"{', '.join(unknown)} is not an option of the generator; see load_pipeline")
-        size = choose_batch_size(batch_size, device)
+        choose_batch_size(batch_size, torch.device("cpu"))  # refuses a wrong one before anything is loaded
         loaded = pipeline is None
         if loaded:
             dtype = default_dtype(device) if dtype is None else dtype
@@ -168,6 +168,7 @@ class Generator:
         if compile:
             compile_pipeline(pipeline)
         place = None if loaded else device  # offloaded modules must stay where they are
+        size = choose_batch_size(batch_size, device)
         engine: Engine
         if NativeEngine.supports(pipeline) is None:
             engine = NativeEngine(
@@ -338,16 +339,17 @@ class Generator:
 def choose_batch_size(batch_size: int | str, device: torch.device) -> int:
     """The initial batch size: the given number, or with ``"auto"`` one that suits the device.
 
-    ``"auto"`` is 16 on a CPU (small models) and, on CUDA, one sample for each GB of free memory, from 1 to 32, which fits
-    SDXL-sized models in half precision. Engines halve it when memory runs out.
+    ``"auto"`` is 16 on a CPU (small models) and, on an accelerator that tells its free memory, one sample for each GB of it,
+    from 1 to 32, which fits SDXL-sized models in half precision. Engines halve it when memory runs out.
 
     Raises:
         RecipeError: neither a positive number nor ``"auto"``.
     """
     if batch_size == "auto":
-        if device.type != "cuda":
+        backend = torch.get_device_module(device)
+        if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
             return 16
-        free, _ = torch.cuda.mem_get_info(device)
+        free, _ = backend.mem_get_info(device)
         return int(min(max(free // 2**30, 1), 32))
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise RecipeError(f"batch_size {batch_size!r} is neither 'auto' nor a number from 1 up; use for example 8")

@@ -46,7 +46,7 @@ class Captioner:
         batch_size: Images per forward pass.
         num_beams: Beams of the search; 1 is greedy.
         max_new_tokens: Longest caption, in tokens; fewer where the model's decoder has no room for them.
-        dtype: Data type of the weights; float32 by default.
+        dtype: Data type of the weights; None: float32 on a CPU, else bfloat16, or float16 where bfloat16 is not supported.
         mode: ``"free"``, ``"label"`` or ``"context"``.
 
     Raises:
@@ -67,7 +67,9 @@ class Captioner:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         choice("mode", mode, CAPTION_MODES)
-        from sgid_transforms.models.loading import quiet
+        from sgid_transforms.models.loading import default_dtype, quiet
+
+        dtype = default_dtype(device) if dtype is None else dtype
 
         source = resolve_model(path, "captioner")
         if Path(source).is_dir():
@@ -78,12 +80,12 @@ class Captioner:
 
                 self._processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
                 model: Any = AutoModelForImageTextToText.from_pretrained(
-                    source, use_safetensors=True, trust_remote_code=False, dtype=dtype or torch.float32
+                    source, use_safetensors=True, trust_remote_code=False, dtype=dtype
                 )
         except (OSError, ValueError, ImportError) as error:
             raise ModelLoadError(f"the captioner {path!r} cannot be loaded: {first_sentence(error)}") from error
         self._model = model.eval().to(device)
-        self._device, self._dtype = torch.device(device), dtype or torch.float32
+        self._device, self._dtype = torch.device(device), dtype
         self._chats = getattr(self._processor, "chat_template", None) is not None
         self._has_tasks = "Florence2" in type(self._processor).__name__
         if self._has_tasks and mode != "free":

@@ -25,8 +25,17 @@ from sgid_transforms.models.checkpoints import (
 _MAX_COMPILED_SHAPES = 8  # CUDA graphs warn past this many
 
 
+def default_device() -> str:
+    """The accelerator of this machine, whatever PyTorch supports, or ``"cpu"``; of several, that of this process."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else str(check_device(found))
+
+
 def check_device(device: str | torch.device) -> torch.device:
     """The device of that name, if models can run there.
+
+    A name without a number, such as ``"cuda"``, means the device of this process: the one that it has set, else that of
+    ``LOCAL_RANK``, as torchrun sets it, else the first.
 
     Raises:
         ModelLoadError: The name is not a device, or this machine does not have it.
@@ -44,7 +53,16 @@ def check_device(device: str | torch.device) -> torch.device:
         raise ModelLoadError(f"PyTorch {torch.__version__} sees no {kind} device; use the device cpu, or see `sgid doctor`")
     if found.type != "cpu" and (found.index or 0) >= backend.device_count():
         raise ModelLoadError(f"there is no device {str(found)!r}; PyTorch sees {backend.device_count()} of this kind")
+    if found.type != "cpu" and ":" not in str(found) and backend.device_count() > 1:
+        return torch.device(found.type, _own_index(backend))
     return found
+
+
+def _own_index(backend: Any) -> int:
+    if backend.is_initialized():  # asking sooner would initialize it, which breaks processes that are forked later
+        return int(backend.current_device())
+    rank = os.environ.get("LOCAL_RANK", "")
+    return int(rank) if rank.isdecimal() and int(rank) < backend.device_count() else 0
 
 
 def load_pipeline(

@@ -25,6 +25,7 @@ from sgid_transforms.errors import GenerationError, MissingCaptionError, Service
 from sgid_transforms.images.forms import check_form, is_image, pil_like, refuse_other_images, tensor_like, to_pil
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.labels import check_class_names, find_labels, label_name
+from sgid_transforms.models.loading import default_device
 from sgid_transforms.recipe.checks import integer
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.service.process import GenerationService, job_rendezvous
@@ -615,7 +616,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         )
 
     def _device(self) -> str:
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return self.device or default_device()
 
     def _labels_of(self, sample: Any, spans: Sequence[tuple[int, bool, int, int]], total: int) -> list[Any]:
         """The label of each image: a batch has one for each member, several single images share one or have one each."""
