@@ -118,7 +118,7 @@ def test_filters_take_a_batch_at_a_time(device: PretendedDevice) -> None:
     got = there(asked)
     here = Generator.from_recipe(recipe, "cpu", torch.float32, 16, labels=["cat", "dog"])(asked)
     assert [one.reason for one in got] == [one.reason for one in here]
-    assert [one.label_score for one in got] == pytest.approx([one.label_score for one in here], abs=1e-3)
+    assert [one.label_score for one in got] == pytest.approx([one.label_score for one in here], abs=0.02)  # bfloat16
     calls = there.engine.stats.unet_calls - calls  # type: ignore[attr-defined]
     counts = device.counts(before)
     # The engine: two to start, since the prompts are known, and one per call. The filters: variants and originals.
@@ -144,7 +144,7 @@ def test_a_lost_device_ends_the_stream_whenever_it_happens(at: int, monkeypatch:
     generator = Generator(NativeEngine(pipeline, num_inference_steps=STEPS, resolution=SIZE, batch_size=4))
     calls = 0
     forward = pipeline.unet.forward
-    fatal = at % 12
+    fatal = at % 8
 
     def failing(*arguments: Any, **named: Any) -> Any:
         nonlocal calls

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
+from sgid_transforms.errors import DeviceLostError
 
 
 def wish(key: str, value: int = 0, variant: int = 0, size: int = 4) -> Wanted:
@@ -23,6 +24,7 @@ class FakeBuilder:
     - ``slow...``: takes until the file ``release`` appears in the folder
     - ``fail...``: raises
     - ``die...``: kills its process
+    - ``lost...``: loses its device
     """
 
     def __init__(self, folder: str | None, seconds: float, room: int) -> None:
@@ -43,6 +45,8 @@ class FakeBuilder:
                         time.sleep(0.01)
                 if one.key.startswith("fail"):
                     raise ValueError(f"cannot do {one.key}")
+                if one.key.startswith("lost"):
+                    raise DeviceLostError("the device stopped working (CUDA error: an illegal memory access was encountered)")
                 if one.key.startswith("die"):
                     os.kill(os.getpid(), signal.SIGKILL)
             yield [(one, Outcome(Status.STORED, str(os.getpid()), 255 - one.image)) for one in batch]
