@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
     from sgid_transforms.captions import CaptionRecord, CaptionStore
     from sgid_transforms.errors import (
+        DeviceLostError,
         GenerationError,
         MissingCaptionError,
         ModelLoadError,
@@ -36,6 +37,7 @@ _PUBLIC = {
         "CaptionStore",
     ),
     "errors": (
+        "DeviceLostError",
         "GenerationError",
         "MissingCaptionError",
         "ModelLoadError",

@@ -166,8 +166,7 @@ class CLIPScorer:
         if len(set(labels)) != len(labels):
             raise GenerationError("a label comes twice; pass each class name once")
         texts = self.text_features([LABEL_TEMPLATE.format(label=label) for label in labels])
-        scale = float(self._model.logit_scale.detach().exp())
-        return (scale * image_features @ texts.T).softmax(1)
+        return (self._scale * image_features @ texts.T).softmax(1)
 
     def __getstate__(self) -> dict[str, Any]:
         # Keeps pickles small: another process loads the model itself.
@@ -213,6 +212,7 @@ class CLIPScorer:
             except Exception as error:
                 self._model = None
                 raise ModelLoadError(f"the CLIP model {self.path!r} cannot be loaded: {first_sentence(error)}") from error
+        self._scale = float(self._model.logit_scale.detach().float().exp())
         self._model = self._model.to(self.device).eval()
         positions = int(self._model.config.text_config.max_position_embeddings)
         self._max_tokens = min(int(self._tokenizer.model_max_length), positions)
