@@ -5,9 +5,11 @@ import gc
 import math
 import os
 import pickle
+import re
 from collections import Counter, UserDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torchvision.transforms.v2 import functional as F
 from augment_fakes import OWN_CAPTIONS, batches, captioned, fake_generator, picture, pil_picture
 from sgid_transforms.errors import GenerationError, MissingCaptionError, ServiceError
 from sgid_transforms.images.keys import image_key
+from sgid_transforms.transforms import augment
 from sgid_transforms.transforms.augment import SGIDAugment
 
 Make = Callable[..., SGIDAugment]
@@ -446,7 +449,21 @@ def test_generator_errors_are_raised_or_counted(make: Make, tmp_path: Path, capl
     for _ in range(3):
         assert sgid(image) is image
     assert (sgid.stats().fallbacks, sgid.stats().failed) == (3, 3)
-    assert len(caplog.records) == 1  # logged once per cause
+    assert len(caplog.records) == 1  # once a minute
+
+
+def test_originals_in_place_of_variants_are_reported_once_a_minute_with_their_number(
+    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(augment, "time", SimpleNamespace(monotonic=lambda: now))
+    sgid = make(generator=fake_generator(fail=True), on_error="original")
+    for moment in (1000.0, 1001.0, 1059.0, 1061.0, 1062.0, 1200.0):
+        now = moment
+        sgid(pil_picture(0))
+    counts = [re.search(r"\((\d+) so far", record.getMessage()) for record in caplog.records]
+    assert [int(found[1]) for found in counts if found] == [1, 4, 6]
+    assert all("the generator is broken" in record.getMessage() for record in caplog.records)
 
 
 def test_queue_needs_a_service(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import re
 import time
@@ -48,6 +49,7 @@ _REFUSED = (
     *filter(None, [getattr(tv_tensors, "KeyPoints", None)]),
 )
 _REJECTIONS_EVERY = 1.0  # seconds
+_WARN_SECONDS = 60.0  # between two warnings that originals take the place of variants
 _KEY = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -112,7 +114,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
     """
 
     _transformed_types: ClassVar[tuple[Any, ...]] = (is_image,)
-    _transient = ("_address", "_supply", "_live", "_logged", "_rejected", "_look_again")
+    _transient = ("_address", "_supply", "_live", "_logged", "_fallbacks", "_warn_again", "_rejected", "_look_again")
 
     def __init__(
         self,
@@ -399,6 +401,8 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         self._supply: VariantSupply | None = None
         self._live: _Live | None = None
         self._logged: set[str] = set()
+        self._fallbacks = 0
+        self._warn_again = -math.inf
         self._rejected: Rejections = {}
         self._look_again = 0.0
 
@@ -543,8 +547,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         except (ServiceError, GenerationError) as error:
             if self.on_error == "raise":
                 raise
-            self._state.add(fallbacks=len(misses))
-            self._log_once(type(error).__name__, f"training continues with originals: {error}")
+            self._fall_back(len(misses), str(error))
 
     def _take(
         self,
@@ -574,8 +577,15 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         if problems and self.on_error == "raise":
             raise GenerationError(problems[0])
         if problems:
-            self._state.add(fallbacks=len(problems))
-            self._log_once("error", f"training continues with originals: {problems[0]}")
+            self._fall_back(len(problems), problems[0])
+
+    def _fall_back(self, count: int, reason: str) -> None:
+        """Count images that stay originals by ``on_error="original"``, and say so, once a minute."""
+        self._state.add(fallbacks=count)
+        self._fallbacks += count
+        if time.monotonic() >= self._warn_again:
+            self._warn_again = time.monotonic() + _WARN_SECONDS
+            _log.warning("training continues with originals (%d so far in this process): %s", self._fallbacks, reason)
 
     def _wanted(self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any]) -> dict[int, Wanted]:
         """The variants to request, by position, without those known to be impossible."""
