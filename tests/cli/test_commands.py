@@ -356,3 +356,18 @@ def test_the_review_prints_its_address_and_ends_with_ctrl_c(tmp_path):
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out.splitlines()[-1], err) == (0, "stopped", "")
+
+
+def test_the_shares_of_a_slurm_array_make_what_one_command_makes(fake_sgid, tmp_path, monkeypatch):
+    plain_folder(tmp_path / "data", 8)
+    assert fake_sgid("generate", "data", "-k", 1, "--variants", "whole")[0] == 0
+    for task in range(3):
+        for name, value in (("ID", task), ("MIN", 0), ("MAX", 2), ("COUNT", 3)):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        assert fake_sgid("generate", "data", "-k", 1, "--variants", "shares", "--shard", "auto")[0] == 0
+    files = [{path.name: path.read_bytes() for path in (tmp_path / store).rglob("*.png")} for store in ("whole", "shares")]
+    assert len(files[0]) == 16
+    assert files[0] == files[1]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
+    code, _, err = fake_sgid("generate", "data", "--shard", "auto")
+    assert (code, "has gaps" in err) == (2, True)

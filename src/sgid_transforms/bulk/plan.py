@@ -1,9 +1,10 @@
 """Plan a job over a whole folder: what is missing, and which models to use. No model is loaded."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from sgid_transforms.building.address import Address
 from sgid_transforms.building.builder import GeneratorFactory, auto_models
@@ -61,8 +62,74 @@ class Shard:
         if self.count < 1 or not 1 <= self.number <= self.count:
             raise RecipeError(f"shard {self.number}/{self.count} does not exist; give i/n with i from 1 to n, such as 2/4")
 
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """This process's share, by the variables of a SLURM array, of SLURM's tasks, or of torchrun.
+
+        Array jobs with several tasks each divide the work among all tasks of all jobs.
+
+        Raises:
+            RecipeError: There are no such variables, one is not a number, or they contradict each other.
+
+        Examples:
+            >>> Shard.from_environment({"RANK": "2", "WORLD_SIZE": "8"})
+            Shard(number=3, count=8)
+        """
+        known = {name: _number(name, environ[name]) for name in _VARIABLES if environ.get(name)}
+        array, tasks, ranks = _array(known), _place(known, "SLURM_PROCID", "SLURM_NTASKS"), _place(known, "RANK", "WORLD_SIZE")
+        if tasks is not None and ranks is not None:
+            each = ranks[1] // tasks[1]  # torchrun may start several ranks in each of SLURM's tasks
+            if ranks[1] % tasks[1] or ranks[0] // each != tasks[0]:
+                raise RecipeError(
+                    f"SLURM says that this is task {tasks[0]} of {tasks[1]}, but RANK and WORLD_SIZE say {ranks[0]} of "
+                    f"{ranks[1]}; unset one pair, or {_INSTEAD}"
+                )
+        inner = ranks or tasks
+        if array is None and inner is None:
+            raise RecipeError("none of SLURM_ARRAY_TASK_ID, SLURM_PROCID and RANK tells this process its share; " + _INSTEAD)
+        (index, count), (task, size) = array or (0, 1), inner or (0, 1)
+        return cls(index * size + task + 1, count * size)
+
     def __contains__(self, key: str) -> bool:
         return int(key[:8], 16) % self.count == self.number - 1
+
+
+_ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
+_VARIABLES = (*_ARRAY, "SLURM_PROCID", "SLURM_NTASKS", "RANK", "WORLD_SIZE")
+_INSTEAD = "give --shard i/n instead of auto"
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise RecipeError(f"{name} is {text!r}, which is not a number; {_INSTEAD}")
+    return int(text)
+
+
+def _array(known: Mapping[str, int]) -> tuple[int, int] | None:
+    """The place of this task in its SLURM array, and the number of tasks."""
+    if "SLURM_ARRAY_TASK_ID" not in known:
+        return None
+    missing = next((name for name in _ARRAY if name not in known and not name.endswith("STEP")), None)
+    if missing is not None:
+        raise RecipeError(f"SLURM_ARRAY_TASK_ID is set without {missing}; {_INSTEAD}")
+    this, first, last, count = (known[f"SLURM_ARRAY_TASK_{name}"] for name in ("ID", "MIN", "MAX", "COUNT"))
+    step = known.get("SLURM_ARRAY_TASK_STEP") or 1
+    if last - first != (count - 1) * step or (this - first) % step or not first <= this <= last:
+        raise RecipeError(
+            f"the SLURM array of {count} tasks from {first} to {last} has gaps, so that shares would be left out; use one like "
+            f"--array=0-{max(count - 1, 1)}, or {_INSTEAD}"
+        )
+    return (this - first) // step, count
+
+
+def _place(known: Mapping[str, int], index: str, count: str) -> tuple[int, int] | None:
+    if index not in known:
+        return None  # sbatch sets the number of tasks before it starts any
+    if count not in known:
+        raise RecipeError(f"{index} is set without {count}; {_INSTEAD}")
+    if known[index] >= known[count]:
+        raise RecipeError(f"{index} is {known[index]}, but {count} is {known[count]}; {_INSTEAD}")
+    return known[index], known[count]
 
 
 def missing_variants(

@@ -114,7 +114,9 @@ def generate(
     captions: options.Captions = Path("captions.sqlite"),
     recipe: options.RecipeFile = None,
     model: options.Model = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Make only the I-th of N shares; all share one store.")] = "1/1",
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Make only the I-th of N shares; auto: as SLURM or torchrun say.")
+    ] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time and disk, from a measured sample.")] = False,
     retry_filtered: Annotated[bool, typer.Option("--retry-filtered", help="Try again what the filters rejected.")] = False,
     replace_rejected: Annotated[

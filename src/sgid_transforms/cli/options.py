@@ -52,12 +52,18 @@ def models_from(device: str, batch_size: int, captioner: str = "auto", scorer: s
 
 
 def shard_from(text: str) -> "Shard":
-    """Read ``2/4`` as the second of four shares."""
+    """Read ``2/4`` as the second of four shares, and ``auto`` as what the environment says."""
     from sgid_transforms.bulk import Shard
+    from sgid_transforms.errors import RecipeError
 
+    if text.strip() == "auto":
+        try:
+            return Shard.from_environment()
+        except RecipeError as error:
+            raise typer.BadParameter(str(error), param_hint="--shard") from None
     number, slash, count = text.partition("/")
     if not slash or not number.strip().isdecimal() or not count.strip().isdecimal():
-        raise typer.BadParameter(f"{text!r} is not a share; give i/n, such as 2/4", param_hint="--shard")
+        raise typer.BadParameter(f"{text!r} is not a share; give i/n, such as 2/4, or auto", param_hint="--shard")
     return Shard(int(number), int(count))
 
 
