@@ -57,10 +57,10 @@ class Latents:
         self.previous_x0 = torch.zeros_like(self.now)  # the estimate of the step before, for samplers of second order
         self.nothing = like.new_zeros(like.shape)
 
-    def put(self, slot: int, latents: Tensor) -> None:
-        """Start a sample."""
-        self.now[slot].copy_(latents)
-        self.previous_x0[slot].zero_()  # of an earlier sample: it has no weight, but NaN times zero is NaN
+    def put(self, slots: Tensor, latents: Tensor) -> None:
+        """Start samples: ``(B,)`` and ``(B, C, h, w)``."""
+        self.now.index_copy_(0, slots, latents)
+        self.previous_x0.index_fill_(0, slots, 0)  # of earlier samples: they have no weight, but NaN times zero is NaN
 
 
 class Conditions:
@@ -76,20 +76,16 @@ class Conditions:
         self._pooled: Tensor | None = None
         self._scales: Tensor | None = None
 
-    def put(self, sample: Sample, scale: Tensor | None) -> None:
-        """Set a sample's rows.
+    def put(self, rows: Tensor, embeddings: Sequence[PromptEmbedding]) -> None:
+        """Set rows ``(R,)``: a sample's prompt is at its slot, its negative prompt at its slot plus ``capacity``."""
+        self._sequences = self._set(self._sequences, rows, [embedding.sequence for embedding in embeddings])
+        pooled = [embedding.pooled for embedding in embeddings if embedding.pooled is not None]
+        if pooled:
+            self._pooled = self._set(self._pooled, rows, pooled)
 
-        Args:
-            sample: Has its embeddings.
-            scale: embedding ``(D,)`` of its guidance scale, where the UNet takes one.
-        """
-        for row, embedding in ((sample.slot, sample.prompt), (self.capacity + sample.slot, sample.negative)):
-            if embedding is not None:
-                self._sequences = self._set(self._sequences, row, embedding.sequence)
-                if embedding.pooled is not None:
-                    self._pooled = self._set(self._pooled, row, embedding.pooled)
-        if scale is not None:
-            self._scales = self._set(self._scales, sample.slot, scale)
+    def put_scales(self, slots: Tensor, scales: Sequence[Tensor]) -> None:
+        """Set the embeddings ``(D,)`` of guidance scales."""
+        self._scales = self._set(self._scales, slots, scales)
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sequences ``(R, L, D)``, and pooled embeddings ``(R, P)`` where the model takes them."""
@@ -101,11 +97,11 @@ class Conditions:
         """Embeddings ``(R, D)`` of guidance scales."""
         return None if self._scales is None else self._scales.index_select(0, slots)
 
-    def _set(self, table: Tensor | None, row: int, value: Tensor) -> Tensor:
-        if table is None or table.shape[1:] != value.shape or table.device != value.device or table.dtype != value.dtype:
-            table = value.new_zeros(2 * self.capacity, *value.shape)
-        table[row].copy_(value)
-        return table
+    def _set(self, table: Tensor | None, rows: Tensor, values: Sequence[Tensor]) -> Tensor:
+        new = torch.stack(list(values))
+        if table is None or table.shape[1:] != new.shape[1:] or table.device != new.device or table.dtype != new.dtype:
+            table = new.new_zeros(2 * self.capacity, *new.shape[1:])
+        return table.index_copy_(0, rows, new)
 
 
 class Denoiser:

@@ -137,7 +137,7 @@ class LatentCodec:
         return [(latents,) for latents in out.latents.float()]
 
     def draw(self, encoded: tuple[Tensor, ...], noise: Tensor | None) -> Tensor:
-        """Scaled latents ``(C, h, w)``, float32: a sample of the posterior by unit ``noise``, where the encoder has one."""
+        """Scaled latents ``(..., C, h, w)``, float32: a sample of the posterior by unit ``noise``, where there is one."""
         latents = encoded[0]
         if len(encoded) == 2 and noise is not None:
             latents = latents + encoded[1] * noise

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sgid_transforms.errors import ModelLoadError, RecipeError
+from sgid_transforms.generation import samplers
 from sgid_transforms.generation.batching import BatchLimit, longest_first, run_isolated
 from sgid_transforms.generation.denoising import Denoiser, Latents, Sample
 from sgid_transforms.generation.encoding import LatentCache, LatentCodec, PromptEncoder
@@ -332,33 +334,45 @@ class NativeEngine:
     def _noised(self, shelf: _Shelf, group: list[Sample]) -> list[tuple[Tensor, ...]]:
         """Put the samples' noisy latents and conditions into their rows; returns the noise of their later steps.
 
-        Random numbers are drawn in the order in which diffusers draws them, and go to the device in one transfer.
+        Random numbers are drawn in the order in which diffusers draws them, and go to the device in one transfer, with all
+        other numbers.
         """
-        drawn: list[Tensor] = []
-        counts = []
+        encoded = [sample.encoded for sample in group if sample.encoded is not None]
+        shape, is_posterior = encoded[0][0].shape, len(encoded[0]) == 2
+        posterior, first, later = [], [], []
         for sample in group:
-            assert sample.encoded is not None
             generator = torch.Generator().manual_seed(sample.request.seed)
-            later = len(sample.trajectory) - 1 if self.sampler == "lcm" else 0
-            counts.append(len(sample.encoded) + later)  # the posterior's, where there is one, and that of the first level
-            drawn += [torch.randn(sample.encoded[0].shape, generator=generator) for _ in range(counts[-1])]
+            if is_posterior:
+                posterior.append(torch.randn(shape, generator=generator))
+            first.append(torch.randn(shape, generator=generator))
+            if self.sampler == "lcm":
+                later += [torch.randn(shape, generator=generator) for _ in range(len(sample.trajectory) - 1)]
+        second = self._denoiser.conditions.capacity
+        guided = [sample for sample in group if sample.negative is not None]
+        numbers = torch.tensor([(s.slot, *s.trajectory.table[0][1:3]) for s in group], dtype=torch.float32)
+        negatives = torch.tensor([second + sample.slot for sample in guided], dtype=torch.float32)
         scales = self._denoiser.scale_embeddings(group) if self._denoiser.embeds_guidance else []
-        there = iter(upload(drawn + scales, self._denoiser.device))
-        noises = [[next(there) for _ in range(count)] for count in counts]
-        embeddings: list[Tensor | None] = [scale.to(self._denoiser.dtype) for scale in there]
-        embeddings = embeddings or [None] * len(group)
-        for sample, noise, scale in zip(group, noises, embeddings, strict=True):
-            assert sample.encoded is not None
-            clean = self._codec.draw(sample.encoded, noise.pop(0) if len(sample.encoded) == 2 else None)
-            _, alpha, sigma, *_ = sample.trajectory.table[0]
-            noisy = alpha * clean + sigma * noise.pop(0)
-            if shelf.latents is None:
-                shelf.latents = Latents(noisy, self._denoiser.conditions.capacity)
-            shelf.latents.put(sample.slot, noisy)
-            self._denoiser.conditions.put(sample, scale)
+        there = upload(
+            [numbers, negatives, torch.stack(first), *([torch.stack(posterior)] if posterior else []), *scales, *later],
+            self._denoiser.device,
+        )
+        (numbers, negatives, noise), rest = there[:3], there[3:]
+        slots, (alpha, sigma) = numbers[:, 0].long(), numbers[:, 1:].view(-1, 2, 1, 1, 1).unbind(1)
+        parts = tuple(torch.stack(part) for part in zip(*encoded, strict=True))
+        noisy = samplers.add_noise(self._codec.draw(parts, rest.pop(0) if posterior else None), noise, alpha, sigma)
+        if shelf.latents is None:
+            shelf.latents = Latents(noisy[0], second)
+        shelf.latents.put(slots, noisy)
+        conditions = self._denoiser.conditions
+        conditions.put(slots, [sample.prompt for sample in group if sample.prompt is not None])
+        if guided:
+            conditions.put(negatives.long(), [sample.negative for sample in guided if sample.negative is not None])
+        if scales:
+            conditions.put_scales(slots, [rest.pop(0).to(self._denoiser.dtype) for _ in scales])
         for sample in group:
             sample.encoded = sample.prompt = sample.negative = None
-        return [tuple(noise) for noise in noises]
+        noises = iter(rest)
+        return [tuple(islice(noises, len(s.trajectory) - 1 if self.sampler == "lcm" else 0)) for s in group]
 
     def _decoded(self, shelf: _Shelf, free: list[int]) -> list[_Decoding]:
         """Begin to decode finished samples that fill a batch, or that have nothing left to wait for."""
