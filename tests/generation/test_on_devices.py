@@ -24,7 +24,7 @@ from tiny_models import NATIVE, image, request
 STEPS = 3
 SIZE = (16, 16)
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device; run the tests marked cuda on it")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real device would take the place of the pretended one")
 
 
 @pytest.fixture(params=["cuda", "npu"])
