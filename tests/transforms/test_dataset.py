@@ -268,6 +268,14 @@ def test_queue_never_stalls_the_loader(tmp_path: Path) -> None:
     assert ratio >= 0.8
 
 
+@pytest.mark.parametrize(("on_miss", "niceness"), [("generate", 0), ("queue", 10)])
+def test_a_service_that_nobody_waits_for_leaves_the_cpu_to_the_training(tmp_path: Path, on_miss: str, niceness: int) -> None:
+    sgid = _sgid(tmp_path, on_miss=on_miss, generator=fake_generator())
+    with sgid.serve() as service:
+        assert service.pid is not None
+        assert os.getpriority(os.PRIO_PROCESS, service.pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + niceness, 19)
+
+
 def test_broken_generator_in_a_service(tmp_path: Path) -> None:
     """Its error reaches the caller, or is counted; the caption that was written on demand before it is kept."""
     generator = fake_generator(tmp_path / "log", fail=True)

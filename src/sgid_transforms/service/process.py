@@ -47,6 +47,7 @@ class GenerationService:
         rendezvous: Ranks that name the same file share one service: the first one starts it, the
             others attach. The service ends when the rank that started it stops it.
         recipe: Fingerprint of the recipe; clients that want variants of another one are refused.
+        niceness: Added to the process's niceness, 0 to 19; a high one leaves the CPU to others, such as the training.
         timeout: Seconds until the service must be ready.
 
     Raises:
@@ -71,6 +72,7 @@ class GenerationService:
         max_queue: int = 256,
         rendezvous: str | os.PathLike[str] | None = None,
         recipe: str | None = None,
+        niceness: int = 0,
         timeout: float | None = None,
     ) -> None:
         _check_system()
@@ -88,7 +90,7 @@ class GenerationService:
         except Exception as error:
             raise ServiceError(f"the service's factory does not pickle ({error}); use a module-level function") from error
         bounds = {"max_batch": max_batch, "max_wait": max_wait, "max_queue": max_queue}
-        self._settings: dict[str, Any] = {"factory": pickled, "recipe": recipe, **bounds}
+        self._settings: dict[str, Any] = {"factory": pickled, "recipe": recipe, "niceness": niceness, **bounds}
         self._recipe = recipe
         self._timeout = timeout
         self._rendezvous = Path(rendezvous) if rendezvous is not None else None

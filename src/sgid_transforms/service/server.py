@@ -250,6 +250,7 @@ def main(listener_fd: int, parent: int) -> int:
     logging.basicConfig(format="sgid service: %(message)s", level=logging.WARNING)
     _die_with_parent(parent)
     settings = pickle.load(sys.stdin.buffer)  # noqa: S301 (written by our parent through an anonymous pipe)
+    os.nice(settings["niceness"])
     queue = WantedQueue(settings["max_batch"], settings["max_wait"], settings["max_queue"])
     server = Server(socket.socket(fileno=listener_fd), queue, settings.get("recipe"))
     threading.Thread(target=_obey, args=(server, parent), daemon=True, name="sgid-parent").start()

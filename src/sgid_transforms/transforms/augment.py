@@ -49,6 +49,7 @@ _REFUSED = (
     *filter(None, [getattr(tv_tensors, "KeyPoints", None)]),
 )
 _REJECTIONS_EVERY = 1.0  # seconds
+_BACKGROUND_NICENESS = 10  # of a service for whose variants nobody waits
 _WARN_SECONDS = 60.0  # between two warnings that originals take the place of variants
 _KEY = re.compile(r"[0-9a-f]{8,64}")
 
@@ -334,6 +335,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             max_queue=max_queue,
             rendezvous=rendezvous,
             recipe=self.recipe.fingerprint,
+            niceness=_BACKGROUND_NICENESS if self.on_miss == "queue" else 0,
             timeout=timeout,
         )
         service.state = self._state
