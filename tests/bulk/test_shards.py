@@ -10,7 +10,7 @@ def array(this, first, last, count, step=1):
 
 
 def tasks(this, count):
-    return {"SLURM_PROCID": str(this), "SLURM_NTASKS": str(count)}
+    return {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(this), "SLURM_NTASKS": str(count)}
 
 
 def ranks(this, count):
@@ -26,10 +26,12 @@ def ranks(this, count):
         (array(0, 0, 0, 1), (1, 1)),
         (tasks(2, 4), (3, 4)),
         (ranks(1, 2), (2, 2)),
-        (tasks(1, 4) | ranks(1, 4), (2, 4)),
-        (tasks(1, 2) | ranks(6, 8), (7, 8)),  # torchrun in each of two tasks
+        (tasks(1, 2) | ranks(2, 8), (3, 8)),  # torchrun numbers its ranks itself
+        (tasks(1, 4) | {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "4"}, (2, 4)),
         (array(1, 0, 2, 3) | tasks(3, 4), (8, 12)),
-        (array(1, 0, 2, 3) | {"SLURM_NTASKS": "1"}, (2, 3)),
+        # A batch script is task 0 of all, but nothing else runs it.
+        (array(1, 0, 2, 3) | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (2, 3)),
+        (array(1, 0, 2, 3) | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"}, (2, 3)),
     ],
 )
 def test_the_environment_tells_a_process_its_share(environ, share):
@@ -53,15 +55,18 @@ def test_all_tasks_of_all_array_jobs_have_different_shares_that_cover_everything
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({}, "none of SLURM_ARRAY_TASK_ID, SLURM_PROCID and RANK tells this process its share"),
-        ({"SLURM_NTASKS": "4"}, "none of SLURM_ARRAY_TASK_ID"),
+        (
+            {},
+            "neither SLURM_ARRAY_TASK_ID, nor SLURM_PROCID of a task that srun started, nor RANK tells this process its share",
+        ),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "neither SLURM_ARRAY_TASK_ID"),
+        ({"SLURM_STEP_ID": "1", "SLURM_PROCID": "0"}, "SLURM_PROCID is set without SLURM_NTASKS"),
+        (tasks(4, 4), "SLURM_PROCID is 4, but SLURM_NTASKS is 4"),
         ({"RANK": "1"}, "RANK is set without WORLD_SIZE"),
         ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_ID is set without SLURM_ARRAY_TASK_MIN"),
         (array("x", 0, 1, 2), "SLURM_ARRAY_TASK_ID is 'x', which is not a number"),
         (array(0, 0, 7, 3), r"the SLURM array of 3 tasks from 0 to 7 has gaps, .*use one like --array=0-2"),
         (ranks(4, 4), "RANK is 4, but WORLD_SIZE is 4"),
-        (tasks(0, 4) | ranks(1, 8) | {"RANK": "5"}, "SLURM says that this is task 0 of 4, but RANK and WORLD_SIZE say 5 of 8"),
-        (tasks(1, 4) | ranks(1, 6), "SLURM says that this is task 1 of 4, but RANK and WORLD_SIZE say 1 of 6"),
     ],
 )
 def test_what_is_missing_or_contradictory_is_refused_in_a_sentence(environ, message):

@@ -168,6 +168,7 @@ class PretendedDevice(TorchDispatchMode):
         }
         for name, value in known.items():
             patch(mock.patch.object(torch.accelerator, name, return_value=value))
+        patch(mock.patch.object(torch.accelerator, "current_stream", side_effect=lambda device: ("stream of", device)))
         pin, event = self._pin, partial(_PretendedEvent, self)
         patch(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *args: pin(tensor)))
         patch(mock.patch.object(torch, "Event", side_effect=lambda *args, **kwargs: event()))
@@ -296,7 +297,8 @@ class _PretendedEvent:
     def __init__(self, device: PretendedDevice) -> None:
         self._device, self._recorded = device, False
 
-    def record(self, *args: Any) -> None:
+    def record(self, stream: Any) -> None:
+        assert stream == ("stream of", self._device.device), "the copy runs on that device's stream"
         self._recorded = True
 
     def synchronize(self) -> None:

@@ -17,6 +17,7 @@ from sgid_transforms.captions.store import CaptionStore
 from sgid_transforms.errors import ServiceError, SGIDError, StoreError
 from sgid_transforms.generation.requests import GenerationRequest, GenerationResult, in_batches, pull_from
 from sgid_transforms.models.captioner import BLIP
+from sgid_transforms.models.loading import own_device
 from sgid_transforms.recipe.guidance import guidance_scale, variant_seed, variant_strength
 from sgid_transforms.recipe.prompts import build_prompt
 from sgid_transforms.recipe.recipe import Recipe
@@ -75,11 +76,11 @@ class BuilderSpec:
             ModelLoadError: A model cannot be loaded.
             ServiceError: CUDA is requested in a forked process.
         """
-        options = dict(self.options)
+        options, device = dict(self.options), own_device(self.device)
         if self.generator is None:
             options = self._filter_options() | options
         try:
-            generate = (self.generator or load_generator)(self.recipe, self.device, **options)
+            generate = (self.generator or load_generator)(self.recipe, device, **options)
         except RuntimeError as error:
             if "forked subprocess" in str(error):
                 raise ServiceError(
@@ -90,7 +91,7 @@ class BuilderSpec:
         describer = None
         if self.captioner is not None:
             mode = self.recipe.caption_mode
-            describer = Describer(self.recipe.prompt, self.captioner, self.scorer, self.device, mode=mode)
+            describer = Describer(self.recipe.prompt, self.captioner, self.scorer, device, mode=mode)
         size = self.batch_size
         return Builder(
             self.recipe, generate, self.variants, self.captions, describer=describer, count=self.count, batch_size=size
@@ -170,13 +171,15 @@ class Builder:
         """
         asked: dict[GenerationRequest, tuple[Wanted, CaptionRecord, str]] = {}
         done: list[tuple[Wanted, Outcome]] = []
+        storing: deque[tuple[Wanted, Future[Outcome]]] = deque()
         largest = 0
 
         def source(room: int) -> list[GenerationRequest]:
             nonlocal largest
             requests: list[GenerationRequest] = []
             while len(requests) < room:
-                left = _MAX_BYTES - sum(request.image.numel() for request in asked)
+                held = sum(request.image.numel() for request in asked) + sum(one.image.numel() for one, _ in storing)
+                left = _MAX_BYTES - held
                 fits = left // largest if largest else 1
                 if asked and fits < 1:
                     break
@@ -194,19 +197,24 @@ class Builder:
             return requests
 
         stream = getattr(self.generate, "stream", None) or partial(in_batches, self.generate, self.batch_size)
-        storing: deque[tuple[Wanted, Future[Outcome]]] = deque()
         # A thread of its own encodes and stores, so that the device does not wait for the disk.
         with ThreadPoolExecutor(1, "sgid-writer") as writer:
-            for results in stream(source):
-                for request, result in results:
-                    one = asked[request][0]
-                    storing.append((one, writer.submit(self._finish, *asked.pop(request), request, result)))
-                del results  # else their pixels stay in memory until the next group
-                while storing and (storing[0][1].done() or len(storing) > _MAX_STORING):
-                    done.append((storing[0][0], storing.popleft()[1].result()))
-                if done:
-                    yield done
-                    done = []
+            try:
+                in_steps = False  # a stream that hands over after each step is soon here again; others may take minutes
+                for results in stream(source):
+                    in_steps = in_steps or not results
+                    for request, result in results:
+                        one = asked[request][0]
+                        storing.append((one, writer.submit(self._finish, *asked.pop(request), request, result)))
+                    del results  # else their pixels stay in memory until the next group
+                    while storing and (storing[0][1].done() or not in_steps or len(storing) > _MAX_STORING):
+                        done.append((storing[0][0], storing.popleft()[1].result()))
+                    if done:
+                        yield done
+                        done = []
+            except Exception:  # what is made already is stored, and its callers are told so
+                yield done + [(one, outcome.result()) for one, outcome in storing if outcome.exception() is None]
+                raise
             done += [(one, outcome.result()) for one, outcome in storing]
         if done:
             yield done

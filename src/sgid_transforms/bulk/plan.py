@@ -64,7 +64,7 @@ class Shard:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """This process's share, by the variables of a SLURM array, of SLURM's tasks, or of torchrun.
+        """This process's share, by the variables of a SLURM array, of the tasks that srun starts, or of torchrun.
 
         Array jobs with several tasks each divide the work among all tasks of all jobs.
 
@@ -76,17 +76,14 @@ class Shard:
             Shard(number=3, count=8)
         """
         known = {name: _number(name, environ[name]) for name in _VARIABLES if environ.get(name)}
-        array, tasks, ranks = _array(known), _place(known, "SLURM_PROCID", "SLURM_NTASKS"), _place(known, "RANK", "WORLD_SIZE")
-        if tasks is not None and ranks is not None:
-            each = ranks[1] // tasks[1]  # torchrun may start several ranks in each of SLURM's tasks
-            if ranks[1] % tasks[1] or ranks[0] // each != tasks[0]:
-                raise RecipeError(
-                    f"SLURM says that this is task {tasks[0]} of {tasks[1]}, but RANK and WORLD_SIZE say {ranks[0]} of "
-                    f"{ranks[1]}; unset one pair, or {_INSTEAD}"
-                )
-        inner = ranks or tasks
+        array = _array(known)
+        # Ranks of torchrun may be numbered in another order than the SLURM tasks that started them.
+        inner = _place(known, "RANK", ("WORLD_SIZE",)) or _task(known)
         if array is None and inner is None:
-            raise RecipeError("none of SLURM_ARRAY_TASK_ID, SLURM_PROCID and RANK tells this process its share; " + _INSTEAD)
+            raise RecipeError(
+                "neither SLURM_ARRAY_TASK_ID, nor SLURM_PROCID of a task that srun started, nor RANK tells this process its "
+                f"share; {_INSTEAD}"
+            )
         (index, count), (task, size) = array or (0, 1), inner or (0, 1)
         return cls(index * size + task + 1, count * size)
 
@@ -95,7 +92,9 @@ class Shard:
 
 
 _ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
-_VARIABLES = (*_ARRAY, "SLURM_PROCID", "SLURM_NTASKS", "RANK", "WORLD_SIZE")
+_TASK = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+_VARIABLES = (*_ARRAY, *_TASK, "RANK", "WORLD_SIZE")
+_NO_STEP = 0xFFFFFFF0  # from here on, SLURM's step ids have other meanings, such as the batch script
 _INSTEAD = "give --shard i/n instead of auto"
 
 
@@ -122,11 +121,19 @@ def _array(known: Mapping[str, int]) -> tuple[int, int] | None:
     return (this - first) // step, count
 
 
-def _place(known: Mapping[str, int], index: str, count: str) -> tuple[int, int] | None:
+def _task(known: Mapping[str, int]) -> tuple[int, int] | None:
+    """The place of this task in its step. A batch script is task 0, too, but the others do not run it."""
+    if not 0 <= known.get("SLURM_STEP_ID", _NO_STEP) < _NO_STEP:
+        return None
+    return _place(known, "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+
+
+def _place(known: Mapping[str, int], index: str, counts: Sequence[str]) -> tuple[int, int] | None:
     if index not in known:
-        return None  # sbatch sets the number of tasks before it starts any
-    if count not in known:
-        raise RecipeError(f"{index} is set without {count}; {_INSTEAD}")
+        return None
+    count = next((name for name in counts if name in known), None)
+    if count is None:
+        raise RecipeError(f"{index} is set without {counts[-1]}; {_INSTEAD}")
     if known[index] >= known[count]:
         raise RecipeError(f"{index} is {known[index]}, but {count} is {known[count]}; {_INSTEAD}")
     return known[index], known[count]

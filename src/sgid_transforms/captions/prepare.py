@@ -264,7 +264,7 @@ def prepare(
     """
     batch_size = integer("batch_size", batch_size, minimum=1, maximum=10**6)
     check_class_names(class_names)
-    check_device(device)
+    device = str(check_device(device))
     images = RawImages(dataset, stop or type(None))
     _check_repeatable(images, key)
     describer = Describer(template, captioner, scorer, device, batch_size, mode)

@@ -24,8 +24,22 @@ _OUT_OF_MEMORY = (
     "out_of_host_memory",
     "invalid buffer size",
 )
-# What they say when a kernel failed: from then on, every call in this process fails.
-_LOST = ("cuda error", "hip error", "device-side assert", "execution_failed", "device_lost", "device lost", "aicore")
+# What they say when a kernel failed in a way after which every call in this process fails.
+_LOST = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "invalid program counter",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "uncorrectable ecc",
+    "error: unknown error",
+    "device_lost",
+    "device lost",
+    "aicore",
+)
 
 
 class BatchLimit:

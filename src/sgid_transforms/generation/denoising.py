@@ -111,14 +111,12 @@ class Denoiser:
         pipeline: the pipeline whose ``unet`` is called.
         schedule: the sampler and its noise levels.
         limit: maximum rows of one call.
-        capacity: maximum number of samples at a time.
         memory_format: memory format of the UNet's input.
         row_sizes: row counts to which calls are padded; if empty, no padding.
 
     Attributes:
         device: where the pipeline ran when it was last located.
         dtype: the UNet's dtype at that time.
-        conditions: what the UNet is told about the samples.
         calls: calls of the UNet so far.
         rows: rows that these evaluated for samples, without padding.
         capacity: rows that the calls had room for.
@@ -129,7 +127,6 @@ class Denoiser:
         pipeline: Any,
         schedule: Schedule,
         limit: BatchLimit,
-        capacity: int,
         memory_format: torch.memory_format,
         row_sizes: Sequence[int],
     ) -> None:
@@ -139,7 +136,6 @@ class Denoiser:
         self._row_sizes = sorted(row_sizes)
         self._times: dict[tuple[int, int], Tensor] = {}
         self._width = pipeline.unet.config.time_cond_proj_dim
-        self.conditions = Conditions(capacity)
         self.limit = limit
         self.locate()
         self.calls = self.rows = self.capacity = 0
@@ -160,12 +156,12 @@ class Denoiser:
         embeddings: Tensor = self._pipeline.get_guidance_scale_embedding(scales - 1, self._width)
         return list(embeddings)
 
-    def step(self, pool: Latents, active: list[Sample]) -> list[None]:
+    def step(self, conditions: Conditions, pool: Latents, active: list[Sample]) -> list[None]:
         """One step for each sample."""
         schedule = self._schedule
         guided = [i for i, sample in enumerate(active) if sample.guided[sample.step]]
         # All that the host knows goes over in one transfer: whole numbers below 2**24 are exact in float32.
-        second = self.conditions.capacity
+        second = conditions.capacity
         told = [(s.slot, s.slot, 0, i, s.request.guidance_scale, *s.trajectory.table[s.step]) for i, s in enumerate(active)]
         told += [(told[i][0], second + told[i][0], 1, *told[i][3:]) for i in guided]
         rows = len(told)
@@ -177,7 +173,7 @@ class Denoiser:
 
         samples = pool.now.index_select(0, index[0])
         x = samples[: len(active)]
-        output = self._predict(samples, numbers[:, 5], index, active[0].size)
+        output = self._predict(conditions, samples, numbers[:, 5], index, active[0].size)
         self.calls += 1
         self.rows += rows
         self.capacity += max(self.limit.value, rows)
@@ -212,12 +208,14 @@ class Denoiser:
         pool.now.index_copy_(0, slots, x)
         return [None] * len(active)
 
-    def _predict(self, x: Tensor, timestep: Tensor, index: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def _predict(
+        self, conditions: Conditions, x: Tensor, timestep: Tensor, index: Sequence[Tensor], size: tuple[int, int]
+    ) -> Tensor:
         """The UNet's output for each row, float32. ``index`` has each row's slot, text, and whether it is negative."""
-        sequences, pooled = self.conditions.rows(index[1])
+        sequences, pooled = conditions.rows(index[1])
         kwargs: dict[str, Any] = {}
         if self.embeds_guidance:
-            kwargs["timestep_cond"] = self.conditions.scales(index[0])
+            kwargs["timestep_cond"] = conditions.scales(index[0])
         if self._pipeline.unet.config.addition_embed_type == "text_time":
             kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._time_ids(size).index_select(0, index[2])}
         output: Tensor = self._pipeline.unet(

@@ -20,7 +20,7 @@ from torch import Tensor
 from sgid_transforms.errors import ModelLoadError, RecipeError
 from sgid_transforms.generation import samplers
 from sgid_transforms.generation.batching import BatchLimit, longest_first, run_isolated
-from sgid_transforms.generation.denoising import Denoiser, Latents, Sample
+from sgid_transforms.generation.denoising import Conditions, Denoiser, Latents, Sample
 from sgid_transforms.generation.encoding import LatentCache, LatentCodec, PromptEncoder
 from sgid_transforms.generation.requests import Answers, GenerationRequest, Pull, RejectedImageError, answer_all, check_image
 from sgid_transforms.generation.schedule import Schedule, Trajectory, resolve_sampler
@@ -67,6 +67,7 @@ class EngineStats:
 class _Shelf:
     """The samples of one working size, which share the UNet's batches."""
 
+    conditions: Conditions  # of the samples of all sizes
     latents: Latents | None = None
     pool: list[Sample] = field(default_factory=list)
     finished: list[Sample] = field(default_factory=list)
@@ -155,9 +156,7 @@ class NativeEngine:
         self._cache = LatentCache(latent_cache, pipeline.vae) if latent_cache is not None else None
         self._unet_limit = BatchLimit(2 * batch_size)
         self._encode_limit, self._decode_limit, self._text_limit = (BatchLimit(batch_size) for _ in range(3))
-        self._denoiser = Denoiser(
-            pipeline, self._schedule, self._unet_limit, _IN_FLIGHT * batch_size, formats.unet, row_sizes or ()
-        )
+        self._denoiser = Denoiser(pipeline, self._schedule, self._unet_limit, formats.unet, row_sizes or ())
 
     @staticmethod
     def supports(pipeline: Any) -> str | None:
@@ -204,7 +203,8 @@ class NativeEngine:
     def stream(self, pull: Pull) -> Iterator[Answers]:
         """Pull requests whenever there is room for them, and yield what is done after each step; see `Engine.stream`."""
         shelves: dict[tuple[int, int], _Shelf] = {}
-        free = list(range(self._denoiser.conditions.capacity))
+        conditions = Conditions(_IN_FLIGHT * self.batch_size)
+        free = list(range(conditions.capacity))
         self._denoiser.locate()
         self._codec.to(self._denoiser.device)
         decoding: list[_Decoding] = []
@@ -212,7 +212,7 @@ class NativeEngine:
             answers: Answers = []
             if len(free) >= self.batch_size:
                 while free and (requests := pull(len(free))):
-                    answers += self._take(requests, shelves, free)
+                    answers += self._take(requests, shelves, conditions, free)
             working = [shelf for shelf in shelves.values() if shelf.pool]
             if working:
                 # The fullest batch first; a rare size waits a while for more requests, and then goes ahead.
@@ -236,7 +236,13 @@ class NativeEngine:
         with torch.no_grad(), torch.autocast(self._denoiser.device.type, enabled=False):
             return work(*arguments)
 
-    def _take(self, requests: Sequence[GenerationRequest], shelves: dict[tuple[int, int], _Shelf], free: list[int]) -> Answers:
+    def _take(
+        self,
+        requests: Sequence[GenerationRequest],
+        shelves: dict[tuple[int, int], _Shelf],
+        conditions: Conditions,
+        free: list[int],
+    ) -> Answers:
         """Put requests on the shelves of their sizes, ready to be denoised; returns those that failed."""
         failed: Answers = []
         groups: dict[tuple[int, int], list[Sample]] = {}
@@ -248,7 +254,7 @@ class NativeEngine:
             else:
                 groups.setdefault(sample.size, []).append(sample)
         for size, samples in groups.items():
-            shelf = shelves.setdefault(size, _Shelf())
+            shelf = shelves.setdefault(size, _Shelf(conditions))
             for start in range(0, len(samples), self.batch_size):
                 ready, lost = self._with_grad_off(self._start, shelf, samples[start : start + self.batch_size])
                 shelf.pool += ready
@@ -262,7 +268,7 @@ class NativeEngine:
         pool = shelf.pool
         chosen = longest_first([s.remaining for s in pool], [s.rows for s in pool], self._unet_limit.value)
         active = [pool[i] for i in chosen]
-        step = partial(self._denoiser.step, shelf.latents)
+        step = partial(self._denoiser.step, shelf.conditions, shelf.latents)
         outcomes = run_isolated(step, active, self._unet_limit, cost=lambda s: s.rows)
         failed: Answers = []
         gone: set[Sample] = set()
@@ -347,7 +353,7 @@ class NativeEngine:
             first.append(torch.randn(shape, generator=generator))
             if self.sampler == "lcm":
                 later += [torch.randn(shape, generator=generator) for _ in range(len(sample.trajectory) - 1)]
-        second = self._denoiser.conditions.capacity
+        second = shelf.conditions.capacity
         guided = [sample for sample in group if sample.negative is not None]
         numbers = torch.tensor([(s.slot, *s.trajectory.table[0][1:3]) for s in group], dtype=torch.float32)
         negatives = torch.tensor([second + sample.slot for sample in guided], dtype=torch.float32)
@@ -363,7 +369,7 @@ class NativeEngine:
         if shelf.latents is None:
             shelf.latents = Latents(noisy[0], second)
         shelf.latents.put(slots, noisy)
-        conditions = self._denoiser.conditions
+        conditions = shelf.conditions
         conditions.put(slots, [sample.prompt for sample in group if sample.prompt is not None])
         if guided:
             conditions.put(negatives.long(), [sample.negative for sample in guided if sample.negative is not None])

@@ -35,7 +35,7 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device of that name, if models can run there.
 
     A name without a number, such as ``"cuda"``, means the device of this process: the one that it has set, else that of
-    ``LOCAL_RANK``, as torchrun sets it, else the first.
+    ``LOCAL_RANK``, as torchrun sets it, or of ``SLURM_LOCALID``, else the first.
 
     Raises:
         ModelLoadError: The name is not a device, or this machine does not have it.
@@ -53,15 +53,26 @@ def check_device(device: str | torch.device) -> torch.device:
         raise ModelLoadError(f"PyTorch {torch.__version__} sees no {kind} device; use the device cpu, or see `sgid doctor`")
     if found.type != "cpu" and (found.index or 0) >= backend.device_count():
         raise ModelLoadError(f"there is no device {str(found)!r}; PyTorch sees {backend.device_count()} of this kind")
-    if found.type != "cpu" and ":" not in str(found) and backend.device_count() > 1:
-        return torch.device(found.type, _own_index(backend))
-    return found
+    return torch.device(own_device(str(found)))
+
+
+def own_device(name: str) -> str:
+    """The name of a device with the number of this process's one, where there are several; any other name as it is."""
+    kind, colon, _ = name.partition(":")
+    if colon or kind == "cpu":
+        return name
+    try:
+        backend: Any = torch.get_device_module(kind)
+        several = backend.is_available() and backend.device_count() > 1
+    except RuntimeError:
+        return name
+    return f"{kind}:{_own_index(backend)}" if several else name
 
 
 def _own_index(backend: Any) -> int:
     if backend.is_initialized():  # asking sooner would initialize it, which breaks processes that are forked later
         return int(backend.current_device())
-    rank = os.environ.get("LOCAL_RANK", "")
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "")
     return int(rank) if rank.isdecimal() and int(rank) < backend.device_count() else 0
 
 

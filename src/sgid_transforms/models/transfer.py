@@ -13,15 +13,14 @@ from torch import Tensor
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on a device, in one transfer. They are of one dtype; those on the device already stay as they are."""
-    away = [tensor for tensor in tensors if tensor.device != device]
-    if not away:
-        return list(tensors)
+    """The tensors on a device; those that are on the CPU go over in one transfer, and are of one dtype."""
+    away = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    if device.type == "cpu" or not away:
+        return [tensor.to(device) for tensor in tensors]
     flat = torch.cat([tensor.reshape(-1) for tensor in away])
-    waits = device.type == "cpu" or _waits(device)
-    flat = flat.to(device) if waits else flat.pin_memory().to(device, non_blocking=True)
+    flat = flat.to(device) if _waits(device) else flat.pin_memory().to(device, non_blocking=True)
     parts = iter(torch.split(flat, [tensor.numel() for tensor in away]))
-    return [tensor if tensor.device == device else next(parts).view(tensor.shape) for tensor in tensors]
+    return [next(parts).view(tensor.shape) if tensor.device.type == "cpu" else tensor.to(device) for tensor in tensors]
 
 
 def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
@@ -45,7 +44,7 @@ def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
     host.copy_(flat, non_blocking=True)
     event = torch.Event(device)
-    event.record()
+    event.record(torch.accelerator.current_stream(device))  # of this device, which need not be the current one
 
     def wait() -> list[Tensor]:
         event.synchronize()

@@ -86,7 +86,7 @@ class Tuning:
     """What `tune` found.
 
     Args:
-        chosen: The point of the front with the highest value.
+        chosen: The point with the highest value.
         base: That of the recipe at the start.
         front: Points that no other one beats in both agreement and diversity, by agreement.
         points: All recipes that were tried on the whole sample, in the order of their values, best first.
@@ -120,8 +120,9 @@ class Tuning:
             )
         return (
             f"Chosen: {describe(chosen.recipe)}: {worth}, with its variants {chosen.value:.1f}, the most of {self.tried + 1} "
-            f"recipes (yours: {base.value:.1f}); the judge sees the label in {chosen.agreement:.0%} of its variants "
-            f"(yours: {base.agreement:.0%}, originals: {self.agreement_originals:.0%})."
+            f"recipes, {len(self.points)} of them tried on the whole sample (yours: {base.value:.1f}); the judge sees the "
+            f"label in {chosen.agreement:.0%} of its variants (yours: {base.agreement:.0%}, originals: "
+            f"{self.agreement_originals:.0%})."
         )
 
 
@@ -347,7 +348,7 @@ def tune(
     points, tried = search.points()
     whole = sorted({first.recipe: first, **points}.values(), key=lambda point: -point.value)
     front = tuple(sorted(_front(whole), key=lambda point: point.agreement))
-    chosen = max(front, key=lambda point: (point.value, point.recipe == base))
+    chosen = max(whole, key=lambda point: (point.value, point.recipe == base))
     found = Tuning(chosen, first, front, tuple(whole), tried, *tuner.originals(), tuple(notes), stop())
     _write(tuner, found)
     return found
@@ -384,7 +385,7 @@ class _Search:
         )
         self._states: Any = optuna.trial.TrialState
         for trial in self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):  # of a process that was killed
-            self._study.tell(trial.number, state=self._states.FAIL)
+            self._later(trial)
         # Another seed than before, or the first proposals after a restart would be the same.
         self._study.sampler = optuna.samplers.TPESampler(seed=tuner.base.seed + len(self._study.get_trials(deepcopy=False)))
 
@@ -410,6 +411,12 @@ class _Search:
                 repeats = 0
                 self._try(trial, recipe, over, bar)
 
+    def _later(self, trial: Any) -> None:
+        """Let the next call begin with a trial that was not finished: its variants so far are there."""
+        self._study.tell(trial.number, state=self._states.FAIL)
+        if trial.params:
+            self._study.enqueue_trial(trial.params)
+
     def points(self) -> tuple[dict[Recipe, Point], int]:
         """What is known of the recipes that were tried on the whole sample, and how many were tried at all."""
         tried = self._tried()
@@ -420,7 +427,7 @@ class _Search:
         for images in self._rungs:
             point = self._tuner.measure(recipe, images, over)
             if point is None:
-                self._study.tell(trial, state=self._states.FAIL)
+                self._later(trial)
                 return
             bar.update((images - before) * self._tuner.count)
             before, best = images, point.value
