@@ -1,6 +1,7 @@
 """From a wish to a stored variant: statuses, merging, captions on demand, and stores that cannot be written."""
 
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,53 @@ def test_the_model_decides_on_captioner_and_scorer_unless_the_user_does() -> Non
     assert captioner.startswith("Salesforce/blip")
     assert scorer.startswith("openai/clip")
     assert auto_models(Recipe(model="sd-turbo"), "mine", None) == ("mine", None)
+
+
+class Steps(Generate):
+    """A stream that hands over after each step, with or without results, and may break off."""
+
+    def __init__(self, held: threading.Event | None = None, fail: bool = False) -> None:
+        super().__init__()
+        self.held, self.fail, self.steps = held, fail, 0
+
+    def stream(self, pull: Any) -> Any:
+        while requests := pull(2):
+            yield []
+            self.steps += 1
+            yield list(zip(requests, self(requests), strict=True))
+            if self.held is not None and self.steps == 2:
+                self.held.set()  # the second step is done, while the first one's variants still wait to be stored
+            if self.fail:
+                raise RuntimeError("the device is gone")
+
+
+def test_the_model_goes_on_while_variants_are_stored(
+    stores: tuple[CaptionStore, VariantStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+    put = stores[1].put
+
+    def slow(*arguments: Any) -> Any:
+        assert held.wait(20), "the model waited for the disk"
+        return put(*arguments)
+
+    monkeypatch.setattr(stores[1], "put", slow)
+    outcomes = Builder(RECIPE, Steps(held), stores[1], stores[0])([_wanted(number) for number in range(4)])
+    assert [one.status for one in outcomes] == [Status.STORED] * 4
+    assert all(torch.equal(_stored(stores, number).image, 255 - picture(number)) for number in range(4))
+
+
+def test_what_was_made_before_a_stream_broke_off_is_stored_and_told(stores: tuple[CaptionStore, VariantStore]) -> None:
+    builder = Builder(RECIPE, Steps(fail=True), stores[1], stores[0])
+    told: list[Any] = []
+
+    def run() -> None:
+        waiting = [_wanted(number) for number in range(4)]
+        for group in builder.stream(lambda room: [waiting.pop(0) for _ in range(min(room, len(waiting)))]):
+            told.extend(group)
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run()
+    assert [(one.key, outcome.status) for one, outcome in told] == [(_wanted(n).key, Status.STORED) for n in (0, 1)]
+    assert _stored(stores, 0) is not None
+    assert _stored(stores, 2) is None

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgid_transforms.errors import GenerationError
-from sgid_transforms.generation.batching import BatchLimit, is_out_of_memory, longest_first, run_isolated
+from sgid_transforms.generation.batching import BatchLimit, is_device_lost, is_out_of_memory, longest_first, run_isolated
 
 
 def square(items: list[int]) -> list[int]:
@@ -123,3 +124,46 @@ def test_longest_first_takes_the_fewest_batches(steps: list[int], limit: int) ->
 def test_rows_left_over_go_to_a_sample_that_fits() -> None:
     assert longest_first([9, 8, 7, 6], [2, 2, 2, 1], 5) == [0, 1, 3]
     assert longest_first([3], [2], 1) == [0]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+        "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "Invalid buffer size: 24.00 GiB",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+    ],
+)
+def test_every_vendors_lack_of_memory_is_known(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_device_lost(RuntimeError(message))
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: device-side assert triggered", True),
+        ("HIP error: unspecified launch failure", True),
+        ("level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)", True),
+        ("CUDA error: invalid configuration argument", False),  # of one batch
+        ("CUDA error: no kernel image is available for execution on the device", False),  # a new process would not help
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_lost_device_is_told_from_other_errors(message: str, lost: bool) -> None:
+    assert is_device_lost(RuntimeError(message)) is lost
+    assert not is_device_lost(ValueError(message))
+    limit = BatchLimit(8)
+
+    def work(items: list[int]) -> list[int]:
+        raise RuntimeError(message)
+
+    if lost:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            run_isolated(work, [1, 2, 3], limit)
+    else:
+        assert all(isinstance(result, RuntimeError) for result in run_isolated(work, [1, 2, 3], limit))
+    assert limit.value == 8

@@ -21,9 +21,11 @@ from sgid_transforms.models.checkpoints import check_unet
 from sgid_transforms.models.loading import (
     check_device,
     compile_pipeline,
+    default_device,
     default_dtype,
     denoiser,
     load_pipeline,
+    own_device,
     padded_sizes,
     quiet,
 )
@@ -503,3 +505,59 @@ def test_a_hub_model_in_the_local_cache_needs_no_hub(
     inpainting(snapshot)
     with pytest.raises(ModelLoadError, match=r"^a/b is an inpainting checkpoint \(its UNet reads 9 channels and writes 4\);"):
         load_pipeline("a/b", local_files_only=True)
+
+
+class Backend:
+    """A kind of accelerator, of which this machine has several."""
+
+    def __init__(self, count: int = 4, current: int | None = None) -> None:
+        self.count, self.current = count, current
+
+    def is_available(self) -> bool:
+        return self.count > 0
+
+    def device_count(self) -> int:
+        return self.count
+
+    def is_initialized(self) -> bool:
+        return self.current is not None
+
+    def current_device(self) -> int:
+        assert self.current is not None, "asking would initialize it"
+        return self.current
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "environ", "own"),
+    [
+        ("cuda", Backend(), {}, "cuda:0"),
+        ("cuda", Backend(), {"LOCAL_RANK": "2"}, "cuda:2"),
+        ("cuda", Backend(), {"SLURM_LOCALID": "3"}, "cuda:3"),
+        ("cuda", Backend(), {"LOCAL_RANK": "1", "SLURM_LOCALID": "3"}, "cuda:1"),
+        ("cuda", Backend(), {"LOCAL_RANK": "7"}, "cuda:0"),  # each rank sees fewer devices than there are ranks
+        ("cuda", Backend(current=3), {"LOCAL_RANK": "2"}, "cuda:3"),  # torch.cuda.set_device
+        ("cuda", Backend(count=1), {"LOCAL_RANK": "2"}, "cuda"),
+        ("cuda", Backend(count=0), {"LOCAL_RANK": "2"}, "cuda"),
+        ("cuda:1", Backend(), {"LOCAL_RANK": "2"}, "cuda:1"),
+        ("xpu", Backend(), {"LOCAL_RANK": "2"}, "xpu:2"),
+        ("cpu", Backend(), {"LOCAL_RANK": "2"}, "cpu"),
+    ],
+)
+def test_a_device_without_a_number_is_that_of_this_process(
+    name: str, backend: Backend, environ: dict[str, str], own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    assert own_device(name) == own
+    if backend.count and name != "cpu":
+        assert str(check_device(name)) == own
+
+
+def test_the_default_is_whatever_accelerator_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Backend(count=1))
+    for found, name in ((None, "cpu"), (torch.device("xpu"), "xpu"), (torch.device("mps"), "mps")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=found, **options: found)
+        assert default_device() == name

@@ -237,7 +237,10 @@ class Tuner:
                 [self._original(image), *(found.get(number) for number in range(self.count))]
                 for image, found in self._variants(point.recipe, captions, chosen)
             ]
-        return contact_sheet(rows, column_titles=["original", *(f"variant {number}" for number in range(self.count))])
+        labels = [image.file.label for image in chosen]
+        return contact_sheet(
+            rows, row_titles=labels, column_titles=["original", *(f"variant {number}" for number in range(self.count))]
+        )
 
     def _captions(self, recipe: Recipe) -> Path:
         """One store for each kind of text: captions of another mode would replace each other."""
