@@ -26,8 +26,8 @@ GROUPS = {
     "ablations": (
         "sgid:prompt=label",
         "sgid:prompt=caption",
-        "sgid:guidance=fixed",
-        "sgid:guidance=reverse",
+        "sgid:guidance=2-4",
+        "sgid:guidance=2-4,guidance=reverse",
         "sgid:guidance=1",
         "sgid:strength=0.3-0.5",
         "sgid:strength=0.5-0.7",

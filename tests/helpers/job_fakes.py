@@ -1,5 +1,6 @@
 """Models that take no time: what they make depends on what they are asked for, and on nothing else."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class FakeScorer:
 
 
 class FakeGenerator:
-    """Makes noise of the request's seed, shifted by its guidance scale."""
+    """Makes noise of the request's seed, shifted by its prompt and its guidance scale."""
 
     tokenizer = None
 
@@ -50,7 +51,8 @@ class FakeGenerator:
             self.tell("variant " + request.id)
             self.made.append(request.id)
             reason = self.verdict(request.id) if self.verdict else None
-            noise = torch.Generator().manual_seed(request.seed % 2**31 + round(1000 * request.guidance_scale))
+            text = zlib.crc32(request.prompt.encode())
+            noise = torch.Generator().manual_seed(request.seed % 2**31 + round(1000 * request.guidance_scale) + text)
             image = torch.randint(0, 256, tuple(request.image.shape), dtype=torch.uint8, generator=noise)
             given = (request.seed, request.strength)
             failed = bool(reason and reason.startswith("error"))

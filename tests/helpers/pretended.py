@@ -313,5 +313,14 @@ def _name_other(kind: str) -> None:
         return
     from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-    _setup_privateuseone_for_python_backend(kind, _DummyBackendModule())
+    class Absent(_DummyBackendModule):
+        """What this process has of that kind when no pretended device is entered: nothing."""
+
+        def is_available(self) -> bool:
+            return False
+
+        def device_count(self) -> int:
+            return 0
+
+    _setup_privateuseone_for_python_backend(kind, Absent())
     _named = True

@@ -47,6 +47,12 @@ def test_every_waiting_caller_is_told_within_a_second(seed, monkeypatch):
     wrong: list[Outcome] = []
 
     def work(client: ServiceClient, number: int) -> None:
+        try:
+            ask(client, number)
+        finally:
+            client.close()
+
+    def ask(client: ServiceClient, number: int) -> None:
         for turn in range(1000):
             wanted = [wish(f"w{number}", turn, turn * 4 + n) for n in range(chance.randint(1, 4))]
             try:
@@ -75,6 +81,7 @@ def test_every_waiting_caller_is_told_within_a_second(seed, monkeypatch):
         for thread in threads:
             thread.join(30)
             assert not thread.is_alive()
+        listener.shutdown(socket.SHUT_RDWR)  # ends the thread that accepts clients
     assert results == [False]
     assert [reason for _, reason in got] == [REASON] * 3
     assert all(when - builder.lost_at < 1 for when, _ in got)

@@ -323,7 +323,7 @@ def test_the_students_steps_are_those_of_the_schedule():
 
     schedule = Schedule(scheduler().config, "ddim", STEPS, exact_strength=True)
     for strength in (0.3, 0.37, 0.5, 0.62, 0.9, 1.0):
-        table = schedule.trajectory(strength).table
+        table = torch.tensor(schedule.trajectory(strength).table)
         taught = [steps_of(torch.tensor([strength]), torch.tensor([(at + 0.5) / len(table)])) for at in range(len(table))]
         assert [int(start) for start, _ in taught] == table[:, 0].int().tolist()
         assert [int(end) for _, end in taught] == [*table[1:, 0].int().tolist(), -1]

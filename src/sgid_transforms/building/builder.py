@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,8 @@ from sgid_transforms.variants.store import VariantStore
 _log = logging.getLogger("sgid_transforms")
 
 _MAX_BYTES = 96 << 20  # of the originals that the model works on at a time
-_MAX_STORING = 64  # variants that wait to be stored
+_MAX_STORING = 64  # variants that wait to be stored,
+_MAX_STORING_BYTES = 16 << 20  # and the size of their originals: photos are stored before the model goes on
 
 CLIP = "openai/clip-vit-base-patch32"
 
@@ -178,7 +179,7 @@ class Builder:
             nonlocal largest
             requests: list[GenerationRequest] = []
             while len(requests) < room:
-                held = sum(request.image.numel() for request in asked) + sum(one.image.numel() for one, _ in storing)
+                held = sum(request.image.numel() for request in asked) + 2 * sum(one.image.numel() for one, _ in storing)
                 left = _MAX_BYTES - held
                 fits = left // largest if largest else 1
                 if asked and fits < 1:
@@ -203,11 +204,12 @@ class Builder:
                 in_steps = False  # a stream that hands over after each step is soon here again; others may take minutes
                 for results in stream(source):
                     in_steps = in_steps or not results
-                    for request, result in results:
-                        one = asked[request][0]
-                        storing.append((one, writer.submit(self._finish, *asked.pop(request), request, result)))
+                    storing += [
+                        (asked[request][0], writer.submit(self._finish, *asked.pop(request), request, result))
+                        for request, result in results
+                    ]
                     del results  # else their pixels stay in memory until the next group
-                    while storing and (storing[0][1].done() or not in_steps or len(storing) > _MAX_STORING):
+                    while storing and (storing[0][1].done() or not in_steps or self._is_much(storing)):
                         done.append((storing[0][0], storing.popleft()[1].result()))
                     if done:
                         yield done
@@ -218,6 +220,10 @@ class Builder:
             done += [(one, outcome.result()) for one, outcome in storing]
         if done:
             yield done
+
+    @staticmethod
+    def _is_much(storing: Collection[tuple[Wanted, Any]]) -> bool:
+        return len(storing) > _MAX_STORING or sum(one.image.numel() for one, _ in storing) > _MAX_STORING_BYTES
 
     def _plans(
         self, wanted: Sequence[Wanted]

@@ -222,10 +222,16 @@ class NativeEngine:
                 for one in working:
                     one.passed_over = 0 if one is shelf else one.passed_over + 1
                 answers += self._with_grad_off(self._advance, shelf, free)
-            # Images of the step before come to the host while the device works on this one.
-            for samples, images in decoding:
-                answers += [(sample.request, image) for sample, image in zip(samples, images(), strict=True)]
-            decoding = [one for shelf in shelves.values() for one in self._with_grad_off(self._decoded, shelf, free)]
+            # Images of the step before come to the host while the device works on this one. A CPU has nothing to wait for.
+            begun = [one for shelf in shelves.values() for one in self._with_grad_off(self._decoded, shelf, free)]
+            at_once = self._denoiser.device.type == "cpu"
+            answers += [
+                (sample.request, image)
+                for samples, images in (begun if at_once else decoding)
+                for sample, image in zip(samples, images(), strict=True)
+            ]
+            decoding = [] if at_once else begun
+            del begun
             if not answers and not working and not decoding:
                 return
             yield answers

@@ -30,7 +30,9 @@ def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         A function that waits until they are there. Each has memory of its own.
     """
     if not tensors or tensors[0].device.type == "cpu":
-        return lambda: [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        return lambda: [
+            tensor if _is_whole(tensor) else tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors
+        ]
     device, shapes = tensors[0].device, [tensor.shape for tensor in tensors]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
 
@@ -51,6 +53,11 @@ def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         return parts(host)
 
     return wait
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own, and does not keep a whole batch's."""
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _waits(device: torch.device) -> bool:
