@@ -99,15 +99,13 @@ class PretendedDevice(TorchDispatchMode):
 
     Args:
         kind: ``cuda``, or any other name, for a device of another vendor, which has no float64.
-        free: Free memory that CUDA reports, in bytes.
     """
 
-    def __init__(self, kind: str = "cuda", free: int = 24 << 30) -> None:
+    def __init__(self, kind: str = "cuda") -> None:
         super().__init__()
-        self.kind, self.free = kind, free
+        self.kind = kind
         self.device = torch.device("cpu")
         self.events: list[Event] = []
-        self.operators: Counter[str] = Counter()
         self._pinned: dict[int, torch.Tensor] = {}  # kept, so that no other memory gets their addresses
         self._patches = ExitStack()
 
@@ -151,7 +149,7 @@ class PretendedDevice(TorchDispatchMode):
             "device_count": lambda: 1,
             "current_device": lambda: 0,
             "_lazy_init": lambda *args, **kwargs: None,
-            "mem_get_info": lambda *args: (self.free, 80 << 30),
+            "mem_get_info": lambda *args: (24 << 30, 80 << 30),
             "memory_allocated": lambda *args: 0,
             "is_bf16_supported": lambda *args, **kwargs: True,
             "empty_cache": lambda: None,
@@ -212,7 +210,6 @@ class PretendedDevice(TorchDispatchMode):
         tensors = [one for one in flat if isinstance(one, torch.Tensor)]
         own = [one for one in tensors if isinstance(one, PretendedTensor)]
         if own:
-            self.operators[str(packet)] += 1
             self._refuse_others(func, packet, args, tensors)
             if packet in (aten._local_scalar_dense, aten.equal, aten.is_nonzero, *_SIZE_FROM_VALUES):
                 self.note("item", True)

@@ -30,7 +30,7 @@ from sgid_transforms.generation.generator import Generator
 from sgid_transforms.images.folders import KnownImage, Scan
 from sgid_transforms.images.keys import to_uint8_chw
 from sgid_transforms.images.reading import load_image
-from sgid_transforms.models.clip import CLIPScorer
+from sgid_transforms.models.clip import LABEL_TEMPLATE, CLIPScorer
 from sgid_transforms.models.loading import load_pipeline
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.prompts import CAPTION_MODES, parse_template
@@ -42,8 +42,6 @@ from sgid_transforms.variants.store import VariantStore
 STRENGTHS: Final = ((0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0))
 GUIDANCE: Final = (1.5, 7.0, 0.5)  # lowest, highest, step; the bundled model takes scales up to 7
 _ALONE: Final = "label alone"  # the prompt has no caption
-_LABEL_PROMPT: Final = "a photo of a {label}"
-_CAPTION_PROMPT: Final = "a photo of a {label}, {caption}"
 _ETA: Final = 3  # a third of the recipes goes on, with three times the images
 _REPEATS: Final = 20  # the search ends when it proposes nothing new so many times
 _SHOWN: Final = 10  # rows of a contact sheet
@@ -471,10 +469,10 @@ def _texts(tuner: Tuner, stop: Callable[[], bool]) -> tuple[dict[str, dict[str, 
     """What the prompt may hold, as changes of the recipe; the sample is captioned for each. Also what cannot work, and why."""
     base = tuner.base
     notes: list[str] = []
-    alone = {"prompt": _LABEL_PROMPT if _has_caption(base.prompt) else base.prompt}
-    prompt = base.prompt if _has_caption(base.prompt) else _CAPTION_PROMPT
+    alone = {"prompt": LABEL_TEMPLATE if _has_caption(base.prompt) else base.prompt}
+    prompt = base.prompt if _has_caption(base.prompt) else Recipe.prompt
     texts = {_ALONE: alone}
-    if not tuner.caption(base.replace(**alone), stop) or not tuner.caption(base, stop):
+    if not tuner.caption(base.replace(**alone), stop):
         return texts, notes
     for mode in CAPTION_MODES:
         try:

@@ -157,7 +157,7 @@ class Server:
                 _log.error("%s", error)
                 for outcome in self._queue.refuse(str(error)):
                     builder.count(outcome)
-                threading.Event().wait(_FAREWELL)  # every caller is told why before the process ends
+                time.sleep(_FAREWELL)  # every caller is told why before the process ends
                 return False
             except Exception as error:
                 _log.error("variants in progress failed\n%s", traceback.format_exc())
