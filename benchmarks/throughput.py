@@ -1,13 +1,18 @@
 """Images per second of each stage of the way from an image to a stored variant, beside diffusers, in one run.
 
-    python benchmarks/throughput.py                                             # the bundled tiny model
-    python benchmarks/throughput.py --batch-size 1 8 32 --steps 4 10 --dtype float32 bfloat16
-    python benchmarks/throughput.py --random-weights sd15 sd-turbo sdxl --device cuda --dtype float16 --batch-size 1 8 32
-    python benchmarks/throughput.py --random-weights sdxl --device cuda --dtype bfloat16 --attention sdpa xformers
-    python benchmarks/throughput.py --model stabilityai/sd-turbo --device cuda --compile off on --resolution 512 768
+    python benchmarks/throughput.py                           # what this machine has, in some minutes; paste it into an issue
+    python benchmarks/throughput.py --preset full --out FOLDER
+    python benchmarks/throughput.py --model tiny --batch-size 1 8 32 --steps 4 10 --dtype float32 bfloat16
+    python benchmarks/throughput.py --model stabilityai/sd-turbo --compile off on reduce-overhead --resolution 512 768
+    python benchmarks/throughput.py --random-weights sdxl --dtype bfloat16 --attention sdpa xformers
 
-All combinations of what is given more than once are measured. The stages are measured in place, in one and the same run of
-the real thing: hooks on the networks, on CUDA by events, on a CPU by the clock.
+A preset fills in what is not given: ``quick`` is SD-Turbo's architecture at two batch sizes, ``full`` all three architectures,
+attentions and ways of compiling; on a CPU, both are `tiny`. All combinations of what is given more than once are measured.
+``--random-weights`` builds a true architecture without any download, with a captioner and a CLIP as large as BLIP's and CLIP's
+base models: pictures are noise, and the time is the same.
+
+The stages are measured in place, in one and the same run of the real thing: hooks on the networks, on an accelerator by events,
+on a CPU by the clock.
 
   caption    the captioner, tokens and all          denoise   UNet calls
   text       text encoder calls                     decode    VAE decoder calls
@@ -16,44 +21,67 @@ the real thing: hooks on the networks, on CUDA by events, on a CPU by the clock.
   end to end caption to stored file
 
 Beside it, with the same model, strength and steps: ``diffusers 1``, its pipeline with one image per call, and ``diffusers B``,
-with whole batches; they compare with ``generate``. The first rounds warm up; the figures are medians of the others. Peak
-memory is the device's on CUDA, the process's on a CPU. ``--random-weights`` builds a true architecture without any download,
-with a captioner and a CLIP as large as BLIP's and CLIP's base models: pictures are noise, and the time is the same.
+with whole batches; they compare with ``generate``. The first rounds warm up; the figures are medians of the others. Further
+rounds, which are not timed, say why it is as fast as it is:
+
+  of limit   ``generate`` beside the speed at which the device multiplies matrices in this dtype, measured in the same run; what
+             an image needs is what diffusers' own batched call computes, counted by `torch.utils.flop_counter`
+  fill       share of the rows in the UNet's batches that requests had use for
+  copies     from CPU to device and back, for each image
+  idle       share of the time in which the device ran nothing, by PyTorch's profiler, where that knows the device
+  peak MiB   the device's memory; on a CPU the process's
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import platform
-import resource
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from instruments import Copies, Stopwatch, device_name, flops, idle_share, peak_flops, peak_memory, reset_peak_memory
 from random_models import BLIP_TOKENS, NAMES, random_pipeline, save_random_captioner, save_random_clip
 
 from sgid_transforms import CaptionRecord, CaptionStore, Filters, GenerationError, Generator, Recipe, VariantStore, image_key
 from sgid_transforms.building.builder import Builder
 from sgid_transforms.building.wanted import Wanted
+from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.filters import ImageFilter
 from sgid_transforms.models.attention import apply_attention
 from sgid_transforms.models.captioner import BLIP, Captioner
-from sgid_transforms.models.loading import load_pipeline
+from sgid_transforms.models.loading import default_device, default_dtype, load_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLIP = "openai/clip-vit-base-patch32"
 STAGES = ("caption", "text", "encode", "denoise", "decode", "filter", "store", "generate")
 LABELS = ("cat", "dog", "horse", "ship", "truck")
+WHOLE = ("diffusers 1", "diffusers B", "end to end")
+WHY = ("of limit", "fill", "copies", "idle", "peak MiB")
+PRESETS = {
+    "quick": {"random_weights": ["sd-turbo"], "batch_size": [8, 32], "steps": [4], "images": 64, "single": 4},
+    "full": {
+        "random_weights": [*NAMES],
+        "batch_size": [1, 8, 32],
+        "steps": [20],
+        "attention": ["sdpa", "xformers"],
+        "compile": ["off", "on", "reduce-overhead"],
+        "images": 64,
+        "single": 4,
+    },
+}
+"""What is measured on an accelerator where the command line does not say."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +91,7 @@ class Configuration:
     model: str
     dtype: str
     attention: str
-    compile: bool
+    compile: str
     resolution: int | None
     steps: int
     batch_size: int
@@ -74,103 +102,14 @@ class Configuration:
         return (self.model, self.dtype, self.attention, self.compile)
 
     def __str__(self) -> str:
-        parts = [Path(self.model).name, self.dtype, self.attention, *(["compiled"] if self.compile else [])]
+        parts = [
+            Path(self.model).name,
+            self.dtype,
+            self.attention,
+            *([] if self.compile == "off" else [f"compile={self.compile}"]),
+        ]
         size = "" if self.resolution is None else f"{self.resolution} px, "
         return f"{' '.join(parts)}, {size}{self.steps} steps, batch {self.batch_size}"
-
-
-class Stopwatch:
-    """Seconds by stage. On CUDA, networks are timed by events, which do not make the device wait."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, Any, Any]] = []
-        self._open: dict[str, Any] = {}
-
-    def synchronise(self) -> None:
-        """Wait for what the device still has to do."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def watch(self, stage: str, module: torch.nn.Module) -> None:
-        """Count the calls of a network to a stage."""
-        module.register_forward_pre_hook(lambda *_: self._start(stage))
-        module.register_forward_hook(lambda *_: self._stop(stage))
-
-    @contextmanager
-    def counting(self, stage: str) -> Iterator[None]:
-        """Count what is done inside to a stage, by the clock."""
-        self.synchronise()
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.synchronise()
-            self._seconds[stage] += time.perf_counter() - started
-
-    @contextmanager
-    def counting_calls(self, stage: str, owner: Any, name: str) -> Iterator[None]:
-        """Count all calls of a method to a stage, while inside."""
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with self.counting(stage):
-                return original(*args, **kwargs)
-
-        setattr(owner, name, counted)
-        try:
-            yield
-        finally:
-            setattr(owner, name, original)
-
-    @contextmanager
-    def counting_stream(self, stage: str, engine: Any) -> Iterator[None]:
-        """Count to a stage what an engine's stream does between its answers, while inside."""
-        original = engine.stream
-
-        def counted(pull: Any) -> Iterator[Any]:
-            answers = original(pull)
-            while True:
-                with self.counting(stage):
-                    group = next(answers, None)
-                if group is None:
-                    return
-                yield group
-
-        engine.stream = counted
-        try:
-            yield
-        finally:
-            del engine.stream
-
-    def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call."""
-        self.synchronise()
-        for stage, start, stop in self._events:
-            self._seconds[stage] += start.elapsed_time(stop) / 1000
-        taken = dict(self._seconds)
-        self._seconds.clear()
-        self._events.clear()
-        return taken
-
-    def _start(self, stage: str) -> None:
-        self._open[stage] = self._mark()
-
-    def _stop(self, stage: str) -> None:
-        start = self._open.pop(stage)
-        if self.cuda:
-            self._events.append((stage, start, self._mark()))
-        else:
-            self._seconds[stage] += self._mark() - start
-
-    def _mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 @dataclass
@@ -195,7 +134,7 @@ def load(configuration: Configuration, args: argparse.Namespace, folder: Path) -
     """The model of a configuration, watched.
 
     Raises:
-        GenerationError: the attention that was asked for cannot run here.
+        GenerationError: the model cannot be loaded or is not for the native engine, or the attention cannot run here.
     """
     dtype = DTYPES[configuration.dtype]
     name = configuration.model
@@ -206,6 +145,8 @@ def load(configuration: Configuration, args: argparse.Namespace, folder: Path) -
         apply_attention(pipeline, attention, args.device, dtype)
     else:
         pipeline = load_pipeline(name, device=args.device, dtype=dtype, attention=attention)
+    if reason := NativeEngine.supports(pipeline):
+        raise GenerationError(reason)
     watch = Stopwatch(args.device)
     watch.watch("denoise", pipeline.unet)
     watch.watch("encode", pipeline.vae.encoder)
@@ -279,34 +220,28 @@ def median_rounds(run: Callable[[int], None], watch: Stopwatch, warmup: int, rou
     return {stage: statistics.median(values) for stage, values in seen.items()}
 
 
-def peak_memory(device: str) -> float:
-    """MiB: the most that CUDA held since the last reset, or that this process ever had."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def measure_diffusers(loaded: Loaded, configuration: Configuration, args: argparse.Namespace) -> dict[str, float]:
-    """Images per second of both baselines. They come first: our engine changes the memory format of what it gets."""
+    """Images per second of both baselines, and floating-point operations for an image.
+
+    They come first: our engine changes the memory format of what it gets, and compiles it.
+    """
     images, recipe = make_images(args.images, args.image_size), recipe_of(configuration, args)
-    pipeline, watch = loaded.pipeline, loaded.watch
+    pipeline, watch, batch_size = loaded.pipeline, loaded.watch, configuration.batch_size
     side = configuration.resolution or int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
-    rates = {}
-    for name, batch_size in (("diffusers 1", 1), ("diffusers B", configuration.batch_size)):
-        some = images[: max(args.single, 1)] if batch_size == 1 else images
+    run = partial(run_diffusers, pipeline, recipe=recipe, side=side)
+    figures = {}
+    for name, some, size in (("diffusers 1", images[: max(args.single, 1)], 1), ("diffusers B", images, batch_size)):
+        seconds = median_rounds(lambda _, some=some, size=size: run(some, size), watch, args.warmup, args.rounds)["total"]
+        figures[name] = len(some) / seconds
+    group = images[:batch_size]
+    figures["TFLOP per image"] = flops(lambda: run(group, batch_size)) / len(group) / 1e12
+    return figures
 
-        def run(_: int, some: list[torch.Tensor] = some, batch_size: int = batch_size) -> None:
-            run_diffusers(pipeline, some, batch_size, recipe, side)
 
-        rates[name] = len(some) / median_rounds(run, watch, args.warmup, args.rounds)["total"]
-    return rates
-
-
-def measure_ours(loaded: Loaded, configuration: Configuration, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Images per second of each stage and end to end, and peak memory."""
+def measure_ours(loaded: Loaded, configuration: Configuration, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Images per second of each stage and end to end, and why: fill, copies, idle share and peak memory."""
     images, recipe, watch = make_images(args.images, args.image_size), recipe_of(configuration, args), loaded.watch
-    if watch.cuda:
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory(args.device)
     generator = Generator.from_recipe(
         recipe,
         args.device,
@@ -314,17 +249,16 @@ def measure_ours(loaded: Loaded, configuration: Configuration, args: argparse.Na
         configuration.batch_size,
         labels=LABELS,
         clip=loaded.clip,
-        compile=configuration.compile,
+        compile={"off": False, "on": True}.get(configuration.compile, configuration.compile),
         pipeline=loaded.pipeline,
     )
+    engine: Any = generator.engine
     notes = CaptionStore(folder / "captions.sqlite")
     builder = Builder(recipe, generator, VariantStore(folder / "variants"), notes)
     keys = [image_key(image) for image in images]
 
     def run(number: int) -> None:
-        forget = getattr(generator.engine, "forget_prompts", None)
-        if forget is not None:
-            forget()
+        engine.forget_prompts()
         with watch.counting("caption"):
             captions = loaded.captioner.caption(images)
         labels = [LABELS[i % len(LABELS)] for i in range(len(keys))]
@@ -334,15 +268,22 @@ def measure_ours(loaded: Loaded, configuration: Configuration, args: argparse.Na
             if outcome.reason:
                 raise RuntimeError(f"a variant could not be made: {outcome.reason}")
 
-    with (
-        watch.counting_stream("generate", generator.engine),
-        watch.counting_calls("filter", ImageFilter, "__call__"),
-        watch.counting_calls("store", VariantStore, "put"),
-    ):
+    before = engine.stats
+    with ExitStack() as stack:
+        stack.enter_context(watch.counting_stream("generate", engine))
+        stack.enter_context(watch.counting_calls("filter", ImageFilter, "__call__"))
+        stack.enter_context(watch.counting_calls("store", VariantStore, "put"))
         seconds = median_rounds(run, watch, args.warmup, args.rounds)
-    rates = {stage: len(images) / seconds[stage] for stage in STAGES}
+    done = engine.stats
+    rates: dict[str, Any] = {stage: len(images) / seconds[stage] for stage in STAGES}
     rates["end to end"] = len(images) / seconds["total"]
+    rates["fill"] = (done.unet_rows - before.unet_rows) / (done.row_capacity - before.row_capacity)
     rates["peak MiB"] = peak_memory(args.device)
+    number = args.warmup + args.rounds
+    with Copies() as copies:
+        run(number)
+    rates["copies there"], rates["copies back"] = copies.there / len(images), copies.back / len(images)
+    rates["idle"] = idle_share(lambda: run(number + 1), args.device)
     return rates
 
 
@@ -359,25 +300,43 @@ def measure(configurations: Sequence[Configuration], args: argparse.Namespace) -
                 rows += [asdict(one) | {"name": str(one), "skipped": str(error)} for one in members]
                 print(f"{members[0]}: skipped, {error}", flush=True)
                 continue
+            peak = peak_flops(args.device, DTYPES[members[0].dtype])
             baselines = [measure_diffusers(loaded, one, args) for one in members]
             for number, (one, baseline) in enumerate(zip(members, baselines, strict=True)):
-                rates = baseline | measure_ours(loaded, one, args, folder / str(number))
-                rows.append(asdict(one) | {"name": str(one)} | {key: round(value, 3) for key, value in rates.items()})
+                rates = baseline | measure_ours(loaded, one, args, folder / str(number)) | {"peak TFLOP/s": peak / 1e12}
+                rates["of limit"] = rates["generate"] * baseline["TFLOP per image"] * 1e12 / peak
+                shown = {key: None if value is None else round(value, 5) for key, value in rates.items()}
+                rows.append(asdict(one) | {"name": str(one)} | shown)
                 print(f"{one}: {rates['end to end']:.2f} images/s end to end", flush=True)
-            del loaded
-            if args.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            del loaded, baselines
+            if torch.device(args.device).type != "cpu":
+                torch.get_device_module(args.device).empty_cache()
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of images per second."""
-    columns = (*STAGES[:-1], "generate", "diffusers 1", "diffusers B", "end to end", "peak MiB")
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    """Two Markdown tables: images per second, and why."""
+    rates, why = (*STAGES[:-1], "generate", *WHOLE), ("TFLOP per image", "peak TFLOP/s", *WHY)
+    return "\n\n".join(_table(title, rows, columns) for title, columns in (("images/s", rates), ("why", why)))
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
-        cells = ["skipped"] + [""] * (len(columns) - 1) if "skipped" in row else [_shown(row[name]) for name in columns]
+        cells = ["skipped"] + [""] * (len(columns) - 1) if "skipped" in row else [_shown(row, name) for name in columns]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _shown(row: dict[str, Any], name: str) -> str:
+    if name == "copies":
+        return f"{row['copies there']:.2f} + {row['copies back']:.2f}"
+    value = row[name]
+    if value is None:
+        return "unknown"
+    if name in ("of limit", "fill", "idle"):
+        return f"{value:.0%}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -408,60 +367,94 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _shown(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+    packages = ("sgid-transforms", "torch", "diffusers", "transformers")
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", default=[], help="tiny, folders or ids; default: tiny, unless --random-weights is given")
+    add("--preset", choices=PRESETS, default="quick", help="what is measured where nothing else is given")
+    add("--model", nargs="+", default=[], help="tiny, folders or ids")
     add("--random-weights", nargs="+", choices=NAMES, default=[])
-    add("--batch-size", nargs="+", type=int, default=[16])
-    add("--steps", nargs="+", type=int, default=[10], help="num_inference_steps at strength 1")
+    add("--batch-size", nargs="+", type=int)
+    add("--steps", nargs="+", type=int, help="num_inference_steps at strength 1")
     add("--resolution", nargs="+", type=int, default=[None], help="default: the model's own")
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    add("--attention", nargs="+", choices=("sdpa", "xformers"), default=["sdpa"])
-    add("--compile", nargs="+", choices=("off", "on"), default=["off"])
+    add("--dtype", nargs="+", choices=DTYPES, help="default: the device's, as in SGIDAugment")
+    add("--attention", nargs="+", choices=("sdpa", "xformers"))
+    add("--compile", nargs="+", metavar="HOW", help="off, on, or a mode of torch.compile")
     add("--sampler", help="default: the model's preset")
     add("--strength", type=float, default=0.5)
     add("--guidance", type=float, help="1 or less: none; default: 0 for Turbo models, 3 for others")
     add("--captioner", default="auto", help="auto: bundled, random or BLIP, as the model is; else an id or a folder")
     add("--clip", default="auto", help="auto: bundled, random or CLIP, as the model is; else an id or a folder")
-    add("--images", type=int, default=64, help="images in a round")
-    add("--single", type=int, default=8, help="of them, for one image per call")
-    add("--image-size", type=int, default=None, help="side of the pictures; default: 32 for tiny, else 512")
+    add("--images", type=int, help="images in a round")
+    add("--single", type=int, help="of them, for one image per call")
+    add("--image-size", type=int, help="side of the pictures; default: 32 for tiny, else 512")
     add("--warmup", type=int, default=1, help="rounds before those that count")
     add("--rounds", type=int, default=3)
-    add("--device", default="cpu")
+    add("--device", help="default: this machine's accelerator, else cpu")
     add("--threads", type=int, default=0, help="torch threads; 0: torch's own choice")
     add("--out", type=Path, help="folder for throughput.json, throughput.md and throughput.png")
     args = parser.parse_args(arguments)
+    fill_in(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    models = [*args.model, *args.random_weights] or ["tiny"]
-    if args.image_size is None:
-        args.image_size = 32 if models == ["tiny"] else 512
     configurations = [
-        Configuration(model, dtype, attention, compiled == "on", resolution, steps, batch_size)
-        for model, dtype, attention, compiled, resolution, steps, batch_size in itertools.product(
-            models, args.dtype, args.attention, args.compile, args.resolution, args.steps, args.batch_size
+        Configuration(*one)
+        for one in itertools.product(
+            [*args.model, *args.random_weights],
+            args.dtype,
+            args.attention,
+            args.compile,
+            args.resolution,
+            args.steps,
+            args.batch_size,
         )
     ]
+    about = machine(args.device)
     rows = measure(configurations, args)
-    text = table(rows)
-    print(f"\nimages per second, medians of {args.rounds} rounds of {args.images} images\n\n{text}")
+    text = "\n".join(
+        [
+            f"Medians of {args.rounds} rounds of {args.images} images, strength {args.strength:g}",
+            *(f"- {name}: {value}" for name, value in about.items()),
+            "",
+            table(rows),
+        ]
+    )
+    print(f"\n{text}")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        report = {"machine": machine(args.device), "settings": settings, "rows": rows}
-        (args.out / "throughput.json").write_text(json.dumps(report, indent=1) + "\n")
+        (args.out / "throughput.json").write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1))
         (args.out / "throughput.md").write_text(text + "\n")
         plot(rows, args.out / "throughput.png")
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Set what the command line does not say, by the preset and the device."""
+    args.device = args.device or default_device()
+    on_cpu = torch.device(args.device).type == "cpu"
+    defaults = {"batch_size": [16], "steps": [10], "attention": ["sdpa"], "compile": ["off"], "images": 64, "single": 8}
+    if not args.model and not args.random_weights:
+        if on_cpu:
+            args.model = ["tiny"]
+        else:
+            defaults |= PRESETS[args.preset]
+            args.random_weights = defaults.pop("random_weights")
+    if args.dtype is None:
+        args.dtype = [str(default_dtype(args.device)).removeprefix("torch.")]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.image_size is None:
+        args.image_size = 32 if [*args.model, *args.random_weights] == ["tiny"] else 512
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ def test_all_ways_are_timed_in_every_round(figures: dict[str, Any]) -> None:
 
 
 def test_the_engine_does_what_its_requests_need(figures: dict[str, Any]) -> None:
-    """Two images of int(5 * 0.5) = 2 steps; four of strengths 0.2, 0.4, 0.6 and 0.8, that is 1, 2, 3 and 4 steps.
+    """Four images of int(5 * 0.5) = 2 steps; four of strengths 0.2, 0.4, 0.6 and 0.8, that is 1, 2, 3 and 4 steps.
 
     `tiny` is told its guidance scale, so that guidance takes no second row.
     """
-    assert (figures["one"]["images"], figures["one"]["rows"], figures["one"]["rows_needed"]) == (2, 4, 4)
+    assert (figures["one"]["images"], figures["one"]["rows"], figures["one"]["rows_needed"]) == (4, 8, 8)
     assert (figures["each"]["images"], figures["each"]["rows"], figures["each"]["rows_needed"]) == (4, 10, 10)
-    assert (figures["one"]["calls"], figures["one"]["fill"]) == (2, 0.5)
+    assert (figures["one"]["calls"], figures["one"]["fill"]) == (2, 1.0)
     assert figures["each"]["calls"] * 4 >= 10
 
 
@@ -47,6 +47,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert summary["ratios"] == {"c/a": 3.0, "c/d": 0.9}
     assert summary["spread"] == {"c/a": [3.0, 3.0], "c/d": [0.9, 0.9]}
     assert summary["images_per_second"]["c"] == 10 / 1.5
-    assert generator.missed({"one": summary}) == ["one: c/d is 0.900, promised are 0.95"]
-    assert generator.missed({"each": summary}) == ["each: c/d is 0.900, promised are 0.95"]
+    assert generator.missed({"each": summary}) == ["each: c/d is 0.900, promised are 0.97"]
     assert generator.missed({}) == []
+    fewer = generator.summarize({"a": [[1.5]], "c": [[1.0]]}, 10, {"a": 5})
+    assert (fewer["ratios"], fewer["images_per_second"]["a"]) == ({"c/a": 3.0}, 10 / 3)

@@ -19,6 +19,7 @@ event       the host waits for an event
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
@@ -106,6 +107,7 @@ class PretendedDevice(TorchDispatchMode):
         self.kind = kind
         self.device = torch.device("cpu")
         self.events: list[Event] = []
+        self.kernels = 0  # operators that ran on the device, those without work of their own (views) left out
         self._pinned: dict[int, torch.Tensor] = {}  # kept, so that no other memory gets their addresses
         self._patches = ExitStack()
 
@@ -166,7 +168,9 @@ class PretendedDevice(TorchDispatchMode):
         }
         for name, value in known.items():
             patch(mock.patch.object(torch.accelerator, name, return_value=value))
-        patch(mock.patch.object(torch.accelerator, "current_stream", side_effect=lambda device: ("stream of", device)))
+        stream = "stream of", self.device
+        patch(mock.patch.object(torch.accelerator, "current_stream", side_effect=lambda device: stream if device else None))
+        patch(mock.patch.object(torch.accelerator, "synchronize", side_effect=lambda device=None: self.note("event", True)))
         pin, event = self._pin, partial(_PretendedEvent, self)
         patch(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *args: pin(tensor)))
         patch(mock.patch.object(torch, "Event", side_effect=lambda *args, **kwargs: event()))
@@ -228,6 +232,7 @@ class PretendedDevice(TorchDispatchMode):
                 self._pinned[made.untyped_storage().data_ptr()] = made
             return made
         known = {id(one.inner): one for one in own}
+        self.kernels += not _is_view(func)
 
         def wrap(one: Any) -> Any:
             if not isinstance(one, torch.Tensor):
@@ -247,6 +252,7 @@ class PretendedDevice(TorchDispatchMode):
             assert not quick, "a non-blocking copy to memory that is not pinned may be read before it is there"
             self.note("download", True)
         inner = source.inner if was else source
+        self.kernels += was and now
         made = func(inner, **{name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")})
         return self._wrap(made) if now else made
 
@@ -254,6 +260,7 @@ class PretendedDevice(TorchDispatchMode):
         target, source = args[0], args[1]
         quick = bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
         there, here = isinstance(target, PretendedTensor), isinstance(source, PretendedTensor)
+        self.kernels += there and here
         if there != here:
             host = source if there else target
             self.note("upload" if there else "download", not (quick and host.untyped_storage().data_ptr() in self._pinned))
@@ -288,15 +295,23 @@ class PretendedDevice(TorchDispatchMode):
         return made
 
 
+def _is_view(func: Any) -> bool:
+    alias = func._schema.returns[0].alias_info if func._schema.returns else None
+    return alias is not None and not alias.is_write
+
+
 class _PretendedEvent:
     """An event that the device has always reached already."""
 
     def __init__(self, device: PretendedDevice) -> None:
-        self._device, self._recorded = device, False
+        self._device, self._recorded = device, 0.0
 
     def record(self, stream: Any) -> None:
         assert stream == ("stream of", self._device.device), "the copy runs on that device's stream"
-        self._recorded = True
+        self._recorded = time.perf_counter()
+
+    def elapsed_time(self, other: _PretendedEvent) -> float:
+        return 1000 * (other._recorded - self._recorded)
 
     def synchronize(self) -> None:
         assert self._recorded, "an event that was never recorded is waited for in vain"

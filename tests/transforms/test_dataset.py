@@ -237,38 +237,57 @@ def test_killed_service_in_a_running_epoch(tmp_path: Path) -> None:
         assert (lenient.stats().generated, lenient.stats().fallbacks) == (32, 32)
 
 
+def _cpu_seconds(pid: int) -> float:
+    """What Linux says that a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.timing
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads a process's CPU time as Linux tells it")
 def test_queue_never_stalls_the_loader(tmp_path: Path) -> None:
+    """Two workers on two cores, which a real model wants as well.
+
+    In turns: the loader without the transform and with it, both while the service's process is stopped, and with it while
+    the model works without a pause. The medians of all rounds count.
+    """
     source = image_folder(tmp_path / "data", per_class=10, size=256, suffix="jpg")
     chain = v2.Compose([v2.RandomResizedCrop(224), v2.RandAugment(), TO_TENSOR])
-    plain = ConcatDataset([ImageFolder(source, transform=chain)] * 3)
-    sgid = _sgid(tmp_path, ImageFolder(source), p=0.5, on_miss="queue", generator=fake_generator(seconds=1.0))
-    augmented = ConcatDataset([ImageFolder(source, transform=v2.Compose([sgid, chain]))] * 3)
-    rates: dict[str, list[float]] = {"plain": [], "sgid": []}
-    with sgid.serve(max_queue=8, max_batch=1):
+    plain = ConcatDataset([ImageFolder(source, transform=chain)] * 6)
+    sgid = _sgid(tmp_path, ImageFolder(source), p=0.5, on_miss="queue", generator=None, variants_per_image=1000)
+    augmented = ConcatDataset([ImageFolder(source, transform=v2.Compose([sgid, chain]))] * 6)
+    ways = {"plain": plain, "stopped": augmented, "working": augmented}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with sgid.serve(device="cpu") as service:
+        assert service.pid is not None
         loaders = {
-            name: DataLoader(data, batch_size=8, num_workers=1, persistent_workers=True, shuffle=True)
-            for name, data in (("plain", plain), ("sgid", augmented))
+            way: DataLoader(data, batch_size=8, num_workers=2, persistent_workers=True, shuffle=True)
+            for way, data in ways.items()
         }
-        # In turns, so that whatever else the machine does meets both. The median of all rounds counts; a loader that waited for
-        # the generator, which makes one image a second, would fall below a tenth.
-        for _ in range(15):
-            for name, loader in loaders.items():
-                start = time.perf_counter()
+        worked = []
+        for _ in range(12):
+            for way, loader in loaders.items():
+                os.kill(service.pid, signal.SIGCONT if way == "working" else signal.SIGSTOP)
+                before, start = _cpu_seconds(service.pid), time.perf_counter()
                 for _ in loader:
                     pass
-                rates[name].append(len(plain) / (time.perf_counter() - start))
-    ratio = statistics.median(one / other for one, other in zip(rates["sgid"][2:], rates["plain"][2:], strict=True))
-    print(f"throughput of the loader with a queue that is always full: {ratio:.2f} of that without SGID")
+                seconds[way].append(time.perf_counter() - start)
+            worked.append(_cpu_seconds(service.pid) - before)
+    beside, overall = (
+        statistics.median(other / one for one, other in zip(seconds["working"][1:], seconds[way][1:], strict=True))
+        for way in ("stopped", "plain")
+    )
+    print(f"loader while the model works: {beside:.2f} of that while it is stopped, {overall:.2f} of that without the transform")
     stats = sgid.stats()
-    assert stats.generated + stats.hits < stats.gated
+    assert statistics.median(worked) > 0
     assert stats.queued > 0
-    assert stats.dropped > 0
     assert stats.waits == 0
-    assert ratio >= 0.8
+    # A quiet machine with two cores gave 0.93 to 0.98, and 0.85 to 0.92; this machine may be a busy one.
+    assert beside >= 0.8
+    assert overall >= 0.7
 
 
-@pytest.mark.parametrize(("on_miss", "niceness"), [("generate", 0), ("queue", 10)])
+@pytest.mark.parametrize(("on_miss", "niceness"), [("generate", 0), ("queue", 19)])
 def test_a_service_that_nobody_waits_for_leaves_the_cpu_to_the_training(tmp_path: Path, on_miss: str, niceness: int) -> None:
     sgid = _sgid(tmp_path, on_miss=on_miss, generator=fake_generator())
     with sgid.serve() as service:

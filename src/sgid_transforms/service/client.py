@@ -229,7 +229,7 @@ class ServiceClient:
                 if dropped:
                     self._full_until = time.monotonic() + _FULL_PAUSE
                     last.dropped = 0
-            if self.full:
+            if time.monotonic() < self._full_until:
                 self._delivery = last
                 return dropped + len(wanted)
             link = last.link if last is not None else _Link(self.address, self.patience)
@@ -244,8 +244,9 @@ class ServiceClient:
 
     @property
     def full(self) -> bool:
-        """Whether the background queue was full a moment ago, so that asking again is pointless."""
-        return time.monotonic() < self._full_until
+        """Whether `enqueue` would drop all now: the queue was full a moment ago, or the last frame is still on its way."""
+        last = self._delivery if self._delivery_pid == os.getpid() else None
+        return time.monotonic() < self._full_until or (last is not None and last.under_way)
 
     def stats(self, timeout: float | None = None) -> dict[str, Any]:
         """``batches``, ``images``, ``done``, ``merged``, ``dropped``, ``max_batch`` and ``seconds`` since the start."""

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from sgid_transforms.images.forms import check_form, is_image, pil_like, refuse_
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.labels import check_class_names, find_labels, label_name
 from sgid_transforms.models.loading import default_device
+from sgid_transforms.models.transfer import download, upload
 from sgid_transforms.recipe.checks import integer
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.service.process import GenerationService, job_rendezvous
@@ -49,7 +50,6 @@ _REFUSED = (
     *filter(None, [getattr(tv_tensors, "KeyPoints", None)]),
 )
 _REJECTIONS_EVERY = 1.0  # seconds
-_BACKGROUND_NICENESS = 10  # of a service for whose variants nobody waits
 _WARN_SECONDS = 60.0  # between two warnings that originals take the place of variants
 _KEY = re.compile(r"[0-9a-f]{8,64}")
 
@@ -328,14 +328,16 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             raise ServiceError("sgid.serve() was called in a DataLoader worker; call it once, where the loader is made")
         if rendezvous is None:
             rendezvous = job_rendezvous(str(self.variants.root.resolve()), self.recipe.fingerprint)
+        device = device or self._device()
+        background = 19 if device == "cpu" else 10  # on an accelerator, a model needs little of the CPU, but that little soon
         service = _PublishedService(
-            replace(self._spec(device or self._device(), options), batch_size=max_batch).build,
+            replace(self._spec(device, options), batch_size=max_batch).build,
             max_batch=max_batch,
             max_wait=max_wait,
             max_queue=max_queue,
             rendezvous=rendezvous,
             recipe=self.recipe.fingerprint,
-            niceness=_BACKGROUND_NICENESS if self.on_miss == "queue" else 0,
+            niceness=background if self.on_miss == "queue" else 0,
             timeout=timeout,
         )
         service.state = self._state
@@ -377,8 +379,10 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         if live.p == 0.0 or not images:
             count(seen=len(images))
             return outputs
+        # Hashing needs bytes in memory; so those that are elsewhere are brought here, and their variants there, all at once.
+        here = _OnHost(images)
         keys: dict[int, str] = {}
-        limits = self._limits(live, images, labels, keys)
+        limits = self._limits(live, here, labels, keys)
         # Both numbers are drawn for every image, replaced or not: the transforms that follow then see the same
         # random numbers whether the stores are full or empty.
         draws = torch.rand(len(images), 2, dtype=torch.float64).tolist()
@@ -386,15 +390,19 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         if not chosen:
             count(seen=len(images))
             return outputs
-        self._add_keys(keys, images, chosen)
+        self._add_keys(keys, here, chosen)
+        here.bring(chosen)
         wanted = {position: (keys[position], int(draws[position][1] * self.variants_per_image)) for position in chosen}
         if rejections := self._rejections():
             self._draw_again(wanted, rejections, draws, labels)
-        misses = self._look_up(wanted, images, labels, outputs)
+        variants: dict[int, Any] = {}
+        misses = self._look_up(wanted, here, labels, variants)
         unavailable = len(chosen) - len(wanted)  # people rejected all variants of these
         count(seen=len(images), gated=len(chosen), hits=len(wanted) - len(misses), misses=len(misses), unavailable=unavailable)
         if misses and self.on_miss != "original":
-            self._make({position: wanted[position] for position in misses}, images, labels, outputs)
+            self._make({position: wanted[position] for position in misses}, here, labels, variants)
+        for position, variant in here.sent_back(variants).items():
+            outputs[position] = variant
         return outputs
 
     def _reset(self) -> None:
@@ -420,7 +428,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             live = self._live = _Live(settings, p, table, settings["training"], settings.get("address"))
         return live
 
-    def _limits(self, live: _Live, images: Sequence[Any], labels: Sequence[Any], keys: dict[int, str]) -> list[float]:
+    def _limits(self, live: _Live, images: "_OnHost", labels: Sequence[Any], keys: dict[int, str]) -> list[float]:
         """The probability of each image; per class, the label is the given one, else the one in the caption store."""
         if live.p is not None:
             return [live.p] * len(images)
@@ -447,12 +455,11 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             raise MissingCaptionError("p='balanced' needs to know the classes; call sgid.prepare(dataset) first")
         return balanced_p(counts)
 
-    def _add_keys(self, keys: dict[int, str], images: Sequence[Any], positions: Sequence[int]) -> None:
+    def _add_keys(self, keys: dict[int, str], images: "_OnHost", positions: Sequence[int]) -> None:
         todo = [position for position in positions if position not in keys]
+        if self._key is None:
+            images.bring(todo)
         members = [images[position] for position in todo]
-        if self._key is None and len(members) > 1 and _is_device_batch(members):
-            # One transfer instead of one per image. Only hashing needs the bytes here; the images stay on the device.
-            members = list(torch.stack(members).cpu().unbind())
         keys.update(zip(todo, map(self.key_of, members), strict=True))
 
     def _rejections(self) -> Rejections:
@@ -495,7 +502,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         return left[: self.variants_per_image]
 
     def _look_up(
-        self, wanted: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]
+        self, wanted: Mapping[int, tuple[str, int]], images: "_OnHost", labels: Sequence[Any], outputs: dict[int, Any]
     ) -> list[int]:
         """Put stored variants into ``outputs``; returns the positions of the missing ones."""
         records = self._records([key for key, _ in wanted.values()])
@@ -510,7 +517,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             if found is None:
                 misses.append(position)
             else:
-                outputs[position] = pil_like(found, image) if pil else _tensor_out(found, image)
+                outputs[position] = pil_like(found, image) if pil else tensor_like(found, image)
         return misses
 
     def _records(self, keys: Sequence[str]) -> dict[str, CaptionRecord]:
@@ -532,7 +539,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         return record.label if record is not None and record.label else label_name(label, self.class_names)
 
     def _make(
-        self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any], outputs: list[Any]
+        self, misses: Mapping[int, tuple[str, int]], images: "_OnHost", labels: Sequence[Any], outputs: dict[int, Any]
     ) -> None:
         """Request the missing variants, and look up again those that were waited for."""
         supply = self._own_supply()
@@ -555,9 +562,9 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         self,
         outcomes: Mapping[int, Outcome],
         wanted: Mapping[int, tuple[str, int]],
-        images: Sequence[Any],
+        images: "_OnHost",
         labels: Sequence[Any],
-        outputs: list[Any],
+        outputs: dict[int, Any],
     ) -> None:
         stored = {position: wanted[position] for position, outcome in outcomes.items() if outcome.status is Status.STORED}
         problems = []
@@ -570,7 +577,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             elif isinstance(image, Image.Image):
                 outputs[position] = pil_like(to_pil(made), image)
             else:
-                outputs[position] = _tensor_out(made, image)
+                outputs[position] = tensor_like(made, image)
         for position, outcome in outcomes.items():
             if outcome.status is Status.FILTERED:
                 key, variant = wanted[position]
@@ -589,7 +596,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             self._warn_again = time.monotonic() + _WARN_SECONDS
             _log.warning("training continues with originals (%d so far in this process): %s", self._fallbacks, reason)
 
-    def _wanted(self, misses: Mapping[int, tuple[str, int]], images: Sequence[Any], labels: Sequence[Any]) -> dict[int, Wanted]:
+    def _wanted(self, misses: Mapping[int, tuple[str, int]], images: "_OnHost", labels: Sequence[Any]) -> dict[int, Wanted]:
         """The variants to request, by position, without those known to be impossible."""
         records = self._records([key for key, _ in misses.values()])
         wanted = {}
@@ -665,30 +672,50 @@ class _PublishedService(GenerationService):
             super().stop(timeout)
 
 
-def _is_device_batch(images: Sequence[Any]) -> bool:
-    """Whether these are tensors of the same shape and dtype on an accelerator."""
-    first = images[0]
-    return (
-        isinstance(first, torch.Tensor)
-        and first.device.type != "cpu"
-        and all(isinstance(one, torch.Tensor) and (one.shape, one.dtype) == (first.shape, first.dtype) for one in images)
-    )
+class _OnHost:
+    """The images of one call by position, and in the CPU's memory those that were brought there."""
 
+    def __init__(self, images: Sequence[Any]) -> None:
+        self._images = images
+        self._brought: dict[int, torch.Tensor] = {}
 
-def _tensor_out(variant: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """The variant in the form of the original tensor, ``tv_tensors.Image`` included."""
-    plain = tensor_like(variant, original.as_subclass(torch.Tensor))
-    wrapped: torch.Tensor = tv_tensors.Image(plain) if isinstance(original, tv_tensors.Image) else plain
-    return wrapped
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, position: int) -> Any:
+        return self._brought.get(position, self._images[position])
+
+    def bring(self, positions: Sequence[int]) -> None:
+        """Bring tensors over from a device, those of a kind in one transfer."""
+        for group in self._alike([position for position in positions if position not in self._brought]):
+            self._brought.update(zip(group, download([self._images[position].detach() for position in group])(), strict=True))
+
+    def sent_back(self, variants: Mapping[int, Any]) -> dict[int, Any]:
+        """The variants in the place and class of their originals."""
+        back = dict(variants)
+        for group in self._alike(variants):
+            device = self._images[group[0]].device
+            back.update(zip(group, upload([variants[position] for position in group], device), strict=True))
+        for position in back:
+            if isinstance(self._images[position], tv_tensors.Image):
+                back[position] = tv_tensors.Image(back[position])
+        return back
+
+    def _alike(self, positions: Iterable[int]) -> list[list[int]]:
+        """Positions of tensors that are elsewhere, those of one device and dtype together."""
+        groups: dict[Any, list[int]] = {}
+        for position in positions:
+            image = self._images[position]
+            if isinstance(image, torch.Tensor) and image.device.type != "cpu":
+                groups.setdefault((image.device, image.dtype), []).append(position)
+        return list(groups.values())
 
 
 def _scatter(batch: torch.Tensor, members: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A new batch with the changed members in their places, or the same batch if there are none."""
-    changed = [index for index, (before, after) in enumerate(zip(members, outputs, strict=True)) if after is not before]
-    if not changed:
+    """A new batch of the outputs, or the same batch if they are its members."""
+    if all(after is before for before, after in zip(members, outputs, strict=True)):
         return batch
-    result = batch.as_subclass(torch.Tensor).clone()
-    result[changed] = torch.stack([outputs[index] for index in changed])
+    result = torch.stack(list(outputs))
     wrapped: torch.Tensor = tv_tensors.Image(result) if isinstance(batch, tv_tensors.Image) else result
     return wrapped
 
