@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from sgid_transforms.generation.engine import NativeEngine
 from sgid_transforms.generation.requests import GenerationRequest
-from sgid_transforms.models.loading import compile_pipeline, padded_sizes
+from sgid_transforms.models.loading import compile_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools" / "train_tiny"
@@ -243,7 +243,6 @@ class Search:
             guidance_interval=configuration.interval,
             exact_strength=configuration.exact,
             batch_size=self.args.batch_size,
-            row_sizes=padded_sizes(2 * self.args.batch_size) if compiled else None,
         )
         return engine
 

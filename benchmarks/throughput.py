@@ -333,7 +333,7 @@ def _shown(row: dict[str, Any], name: str) -> str:
         return f"{row['copies there']:.2f} + {row['copies back']:.2f}"
     value = row[name]
     if value is None:
-        return "unknown"
+        return "n/a"
     if name in ("of limit", "fill", "idle"):
         return f"{value:.0%}"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -179,6 +179,24 @@ def test_calls_are_padded_to_the_given_sizes(shared: Any) -> None:
     assert largest_difference(padded, expected) <= 2
 
 
+def test_the_vae_may_take_smaller_batches(shared: Any) -> None:
+    requests = mixed(8)
+    expected = images(NativeEngine(shared, num_inference_steps=3, batch_size=8).run(requests))
+    engine = NativeEngine(shared, num_inference_steps=3, batch_size=8, vae_batch_size=3)
+    encoded: list[int] = []
+    decoded: list[int] = []
+    rows: list[int] = []
+    with (
+        watch(shared.vae.encoder, lambda args, kwargs: encoded.append(len(args[0]))),
+        watch(shared.vae.decoder, lambda args, kwargs: decoded.append(len(args[0]))),
+        watch(shared.unet, lambda args, kwargs: rows.append(len(args[0]))),
+    ):
+        sliced = images(engine.run(requests))
+    assert (max(encoded), max(decoded)) == (3, 3)
+    assert max(rows) > 8
+    assert largest_difference(sliced, expected) <= 1
+
+
 def test_autocast_around_a_run_changes_nothing(shared: Any) -> None:
     engine = NativeEngine(shared, num_inference_steps=3)
     expected = images(engine.run([request(1)]))
@@ -363,6 +381,7 @@ def test_the_engine_keeps_the_protocol(shared: Any) -> None:
             "guidance_interval (0.8, 0.2) is not a range within [0, 1]; use for example (0.2, 0.8)",
         ),
         ({"batch_size": 0}, "batch_size 0 leaves no room for a sample; use at least 1"),
+        ({"vae_batch_size": 0}, "vae_batch_size 0 leaves no room for a sample; use at least 1"),
         ({"resolution": 2}, "resolution 2 is too small for this model; use at least 4"),
         ({"resolution": (30, 32)}, "resolution (30, 32) cannot be used; give height and width as multiples of 4"),
     ],

@@ -229,20 +229,23 @@ def test_the_bundled_models(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_compiled_and_padded(checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("how", "size"), [(True, 6), ("max-autotune-no-cudagraphs", 6), ("reduce-overhead", 8)])
+def test_compiled_and_padded_where_graphs_are_recorded(
+    how: bool | str, size: int, checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sgid_transforms.generation import generator as module
 
     own = module.compile_pipeline
-    monkeypatch.setattr(module, "compile_pipeline", lambda pipeline: own(pipeline, backend="eager"))
+    monkeypatch.setattr(module, "compile_pipeline", lambda pipeline, mode: own(pipeline, backend="eager"))
     plain = Generator.from_recipe(recipe(checkpoints["native"]), batch_size=4)
-    compiled = Generator.from_recipe(recipe(checkpoints["native"]), batch_size=4, compile=True)
+    compiled = Generator.from_recipe(recipe(checkpoints["native"]), batch_size=4, compile=how)
     rows: set[int] = set()
     compiled.engine._pipeline.unet.register_forward_pre_hook(lambda _, args: rows.add(len(args[0])))  # type: ignore[attr-defined]
     for one, other in zip(plain(requests(3)), compiled(requests(3)), strict=True):
         assert one.image is not None
         assert other.image is not None
         assert int((one.image.int() - other.image.int()).abs().max()) <= 1
-    assert rows == {8}  # the six of three guided samples, padded
+    assert rows == {size}  # the six of three guided samples
 
 
 def test_a_given_pipeline_is_used_as_it_is() -> None:

@@ -91,8 +91,7 @@ def test_pixels_are_the_cpus_and_the_budgets_hold(device: PretendedDevice, name:
     assert counts["event", True] == 1, device.places(before)
 
 
-# Of each sampler, with guidance in a second row; without it, 2 to 5 fewer.
-KERNELS = {"ddim": 31, "euler": 24, "dpmsolver++": 37, "lcm": 26}
+KERNELS = {"ddim": 14, "euler": 20, "dpmsolver++": 22, "lcm": 18}
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("sd1", "ddim"), ("sd1", "euler"), ("sd1", "dpmsolver++"), ("lcm_lora", "lcm")])

@@ -1,4 +1,4 @@
-"""How full the UNet's batches are on the ways on which variants are made, with the bundled model and strengths of a wide range."""
+"""How full the UNet's batches are on each way to a variant, with the bundled model and strengths of a wide range."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torchvision.transforms import v2
 
 from augment_fakes import CLASSES, captioned, pil_picture
 from sgid_transforms.building.builder import load_generator
+from sgid_transforms.bulk.captioning import scan_folder
 from sgid_transforms.bulk.generating import generate_folder
 from sgid_transforms.bulk.plan import Models
 from sgid_transforms.captions.store import CaptionStore
-from sgid_transforms.bulk.captioning import scan_folder
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.transforms.augment import SGIDAugment
 from sgid_transforms.transforms.dataset import SGIDDataset

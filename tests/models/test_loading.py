@@ -471,6 +471,28 @@ def test_compile_takes_the_repeated_blocks(saved: Path) -> None:
     assert kandinsky.unet._compiled_call_impl is not None
 
 
+def test_batches_of_all_sizes_share_their_graphs(saved: Path) -> None:
+    """Two for each width of a repeated block: for a batch of one, and for all others."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    pipeline = load_pipeline(str(saved))
+    compile_pipeline(pipeline, backend="eager")
+    before = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        for rows in (1, 2, 3, 5, 7, 8, 12, 16, 33):
+            pipeline.unet(torch.randn(rows, 4, 16, 16), torch.arange(rows), torch.randn(rows, 77, tiny_families.WIDTH))
+    widths = {
+        block.norm1.normalized_shape for block in pipeline.unet.modules() if type(block).__name__ == "BasicTransformerBlock"
+    }
+    assert counters["stats"]["unique_graphs"] - before == 2 * len(widths)
+
+
+def test_a_mode_that_does_not_exist_is_refused(saved: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"^the model cannot be compiled with mode 'fast': Unrecognized mode=fast"):
+        compile_pipeline(load_pipeline(str(saved)), mode="fast")
+
+
 def test_padded_sizes_are_few() -> None:
     assert padded_sizes(1) == [1]
     assert padded_sizes(12) == [1, 2, 4, 8, 12]

@@ -97,12 +97,14 @@ class NativeEngine:
             starts at the nearest lower level of a fixed list. Useful with few steps. Not for ``lcm``.
         resolution: height and width at which the model works, or one number for an area whose aspect ratio follows the
             image; ``None`` takes the size that the UNet was trained at.
-        batch_size: guided samples in one UNet call, that is, half of its rows; also images in one VAE call.
+        batch_size: guided samples in one UNet call, that is, half of its rows.
+        vae_batch_size: images in one VAE call, which needs more memory than the UNet where images are large; ``None``:
+            ``batch_size``.
         device: where to move the modules; ``None`` leaves them where they are (as CPU offload requires).
         dtype: dtype of UNet and VAE; ``None`` leaves it as it is. A VAE that overflows in float16 stays in float32.
         channels_last: whether UNet and VAE run in that memory format; ``None``: both on an accelerator, the VAE alone on a CPU.
         latent_cache: folder for encoded input images, or ``None`` for no cache.
-        row_sizes: row counts to which UNet calls are padded, so that compiled code meets few shapes; ``None``: no padding.
+        row_sizes: row counts to which UNet calls are padded, so that few CUDA graphs are recorded; ``None``: no padding.
 
     Raises:
         ModelLoadError: the pipeline is not one that this engine can run.
@@ -119,6 +121,7 @@ class NativeEngine:
         exact_strength: bool = False,
         resolution: int | tuple[int, int] | None = None,
         batch_size: int = 8,
+        vae_batch_size: int | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         channels_last: bool | None = None,
@@ -131,8 +134,9 @@ class NativeEngine:
         low, high = guidance_interval
         if not 0 <= low <= high <= 1:
             raise RecipeError(f"guidance_interval {guidance_interval} is not a range within [0, 1]; use for example (0.2, 0.8)")
-        if batch_size < 1:
-            raise RecipeError(f"batch_size {batch_size} leaves no room for a sample; use at least 1")
+        for name, size in (("batch_size", batch_size), ("vae_batch_size", vae_batch_size)):
+            if size is not None and size < 1:
+                raise RecipeError(f"{name} {size} leaves no room for a sample; use at least 1")
         self.batch_size = batch_size
         self._pipeline = pipeline
         formats = memory_formats(channels_last, pipeline._execution_device if device is None else device)
@@ -155,7 +159,8 @@ class NativeEngine:
         self._codec = LatentCodec(pipeline.vae, formats.vae)
         self._cache = LatentCache(latent_cache, pipeline.vae) if latent_cache is not None else None
         self._unet_limit = BatchLimit(2 * batch_size)
-        self._encode_limit, self._decode_limit, self._text_limit = (BatchLimit(batch_size) for _ in range(3))
+        self._encode_limit, self._decode_limit = (BatchLimit(vae_batch_size or batch_size) for _ in range(2))
+        self._text_limit = BatchLimit(batch_size)
         self._denoiser = Denoiser(pipeline, self._schedule, self._unet_limit, formats.unet, row_sizes or ())
 
     @staticmethod

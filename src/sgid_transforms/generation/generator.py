@@ -27,7 +27,14 @@ from sgid_transforms.generation.requests import (
     check_text,
 )
 from sgid_transforms.models.clip import CLIPScorer
-from sgid_transforms.models.loading import check_device, compile_pipeline, default_dtype, load_pipeline, padded_sizes
+from sgid_transforms.models.loading import (
+    check_device,
+    compile_pipeline,
+    default_dtype,
+    load_pipeline,
+    padded_sizes,
+    records_graphs,
+)
 from sgid_transforms.recipe.guidance import SimilarityGuidance
 from sgid_transforms.recipe.prompts import build_prompt
 from sgid_transforms.recipe.recipe import Filters, Recipe
@@ -115,10 +122,11 @@ class Generator:
         dtype: torch.dtype | None = None,
         batch_size: int | str = "auto",
         *,
+        vae_batch_size: int | None = None,
         labels: Sequence[str] | None = None,
         clip: Any = "tiny",
         channels_last: bool | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         latent_cache: str | PathLike[str] | None = None,
         pipeline: Any = None,
         **loading: Any,
@@ -131,10 +139,12 @@ class Generator:
             dtype: ``None``: float32 on a CPU, bfloat16 (or float16) on an accelerator; a given pipeline keeps its own.
             batch_size: samples in one call of the model; ``"auto"``: what the device's free memory suggests. It is halved
                 when memory runs out.
+            vae_batch_size: images in one call of the autoencoder, if fewer; native path only.
             labels: class names of the data set, for the label check.
             clip: the CLIP model of the filters: ``"tiny"``, a folder, a hub id, or a `CLIPScorer`.
             channels_last: memory format of the native path; ``None``: what is faster on the device.
-            compile: compile the network's repeated blocks, and pad batches to few sizes.
+            compile: compile the network's repeated blocks: ``True``, or a mode of ``torch.compile``, such as
+                ``"reduce-overhead"``, which records CUDA graphs.
             latent_cache: folder for encoded input images, reused by further variants; native path only.
             pipeline: a loaded pipeline to use instead of loading the recipe's model. The recipe's ``revision`` must then name
                 it, so that its variants are not taken for those of the model's own weights.
@@ -165,8 +175,9 @@ class Generator:
             )
         if not recipe.filters.reject_nsfw:
             _drop_safety_checker(pipeline)
+        mode = compile if isinstance(compile, str) else None
         if compile:
-            compile_pipeline(pipeline)
+            compile_pipeline(pipeline, mode=mode)
         place = None if loaded else device  # offloaded modules must stay where they are
         size = choose_batch_size(batch_size, device)
         engine: Engine
@@ -179,11 +190,12 @@ class Generator:
                 exact_strength=bool(recipe.exact_strength),
                 resolution=recipe.resolution,
                 batch_size=size,
+                vae_batch_size=vae_batch_size,
                 device=place,
                 dtype=dtype,
                 channels_last=channels_last,
                 latent_cache=latent_cache,
-                row_sizes=padded_sizes(2 * size) if compile else None,
+                row_sizes=padded_sizes(2 * size) if records_graphs(mode) else None,
             )
         else:
             _check_adapter_recipe(recipe, pipeline)

@@ -22,7 +22,7 @@ from sgid_transforms.models.checkpoints import (
     resolve_model,
 )
 
-_MAX_COMPILED_SHAPES = 8  # CUDA graphs warn past this many
+_MAX_GRAPHS = 8  # each takes time to record, and memory
 
 
 def default_device() -> str:
@@ -228,37 +228,47 @@ def denoiser(pipeline: Any) -> Any:
     raise ModelLoadError(f"{type(pipeline).__name__} has neither a UNet nor a transformer; choose another pipeline")
 
 
-def compile_pipeline(pipeline: Any, *, backend: str = "inductor") -> str:
+def compile_pipeline(pipeline: Any, *, mode: str | None = None, backend: str = "inductor") -> str:
     """Compile the network's repeated blocks (regional compilation), or all of it if it has none.
 
-    Regions compile several times faster than the whole and run just as fast. Each batch size compiles once: pad batches to
-    `padded_sizes`.
+    Regions compile several times faster than the whole and run just as fast. Batches of all sizes share their code
+    (``dynamic=True``), except for batches of one; only where `records_graphs` is it better to pad them to `padded_sizes`.
 
     Args:
         pipeline: A loaded pipeline; its modules are changed in place, and compile when they are first called.
+        mode: A mode of ``torch.compile``, such as ``"reduce-overhead"`` or ``"max-autotune"``; None: its default.
         backend: A ``torch.compile`` backend.
 
     Returns:
         ``"regional"`` or ``"whole"``.
+
+    Raises:
+        ModelLoadError: ``torch.compile`` has no such mode.
     """
     model = denoiser(pipeline)
     repeated = set(getattr(model, "_repeated_blocks", None) or ())
-    if any(type(module).__name__ in repeated for module in model.modules()):
-        model.compile_repeated_blocks(backend=backend)
-        return "regional"
-    model.compile(backend=backend)
-    return "whole"
+    regional = any(type(module).__name__ in repeated for module in model.modules())
+    try:
+        (model.compile_repeated_blocks if regional else model.compile)(backend=backend, mode=mode, dynamic=True)
+    except RuntimeError as error:
+        raise ModelLoadError(f"the model cannot be compiled with mode {mode!r}: {first_sentence(error)}") from error
+    return "regional" if regional else "whole"
+
+
+def records_graphs(mode: str | None) -> bool:
+    """Whether a mode of ``torch.compile`` records a CUDA graph for each size of a batch."""
+    return mode in ("reduce-overhead", "max-autotune")
 
 
 def padded_sizes(limit: int) -> list[int]:
-    """Batch sizes to compile for: ``limit`` and the powers of two below it, at most the eight largest.
+    """Batch sizes to record graphs of: ``limit`` and the powers of two below it, at most the eight largest.
 
     Examples:
         >>> padded_sizes(12)
         [1, 2, 4, 8, 12]
     """
     sizes = [2**power for power in range(limit.bit_length()) if 2**power < limit]
-    return [*sizes, limit][-_MAX_COMPILED_SHAPES:]
+    return [*sizes, limit][-_MAX_GRAPHS:]
 
 
 def _from_pretrained(source: str, variant: str | None, options: dict[str, Any]) -> Any:
