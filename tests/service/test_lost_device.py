@@ -63,7 +63,7 @@ def test_every_waiting_caller_is_told_within_a_second(seed, monkeypatch):
             for one, outcome in zip(wanted, outcomes, strict=True):
                 if outcome.status is Status.STORED and one.name not in builder.answered:
                     wrong.append(outcome)
-            failed = [outcome.reason for outcome in outcomes if outcome.status is Status.FAILED]
+            failed = [outcome.reason for outcome in outcomes if outcome.status is Status.LOST]
             if failed:
                 got.append((time.monotonic(), failed[0]))
                 return
@@ -92,9 +92,9 @@ def test_the_process_ends_and_later_callers_are_told_to_start_it_again():
     service = GenerationService(fake_factory(), max_wait=0.0).start()
     try:
         [outcome] = service.client.generate([wish("lost")])
-        assert (outcome.status, outcome.reason) == (Status.FAILED, REASON)
+        assert (outcome.status, outcome.reason) == (Status.LOST, REASON)
         [outcome] = service.client.generate([wish("other")])  # told the same while it says farewell
-        assert (outcome.status, outcome.reason) == (Status.FAILED, REASON)
+        assert (outcome.status, outcome.reason) == (Status.LOST, REASON)
         process = service._process
         assert process.wait(30) == 1
         assert not service.alive

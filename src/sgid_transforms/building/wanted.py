@@ -14,6 +14,7 @@ class Status(Enum):
     STORED = "stored"  # now, or earlier by another process: look it up
     FILTERED = "filtered"  # every attempt was rejected, for good; the store remembers it
     FAILED = "failed"  # an error, which may not happen again
+    LOST = "lost"  # as failed: the device stopped working, and with it all else that this process was to make
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,4 +61,4 @@ class Outcome:
         return _COUNTERS[self.status] if self.made else None
 
 
-_COUNTERS = {Status.STORED: "generated", Status.FILTERED: "filtered", Status.FAILED: "failed"}
+_COUNTERS = {Status.STORED: "generated", Status.FILTERED: "filtered", Status.FAILED: "failed", Status.LOST: "failed"}

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +82,11 @@ def estimate_folder(
     _, todo = missing_variants(images, recipe, captions, variants, count)
     chosen = [todo[index * len(todo) // sample] for index in range(sample)] if len(todo) > sample else todo
     per_caption = per_variant = per_file = 0.0
-    with tempfile.TemporaryDirectory(prefix="sgid-dry-run-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sgid-dry-run-") as folder, ExitStack() as stack:
         notes, store = CaptionStore(Path(folder, "captions.sqlite")), VariantStore(Path(folder, "variants"))
         try:
             if chosen:
-                builder = build(scan, recipe, notes, store, models)
+                builder = build(scan, recipe, notes, store, models, stack)
                 originals = list({image.key: image for image, _ in chosen}.values())
                 timings = []
                 for part in (originals[:1], originals):  # the first one loads the models and warms them up

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sgid_transforms.images.folders import KnownImage, Scan, Skipped
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.reading import load_image
 from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.service.fleet import Fleet, fleet_of
 from sgid_transforms.variants.store import VariantStore
 
 
@@ -91,23 +93,26 @@ def generate_folder(
     shard = shard or Shard()
     images = [image for image in scan.images if image.key in shard]
     _, todo = missing_variants(images, recipe, captions, variants, count, replace_rejected)
-    # Load the generator first: if it cannot be loaded, fail now and not after an hour of captioning.
-    builder = build(scan, recipe, captions, variants, models) if todo and not stop() else None
-    described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
-    filtered, todo = missing_variants(images, recipe, captions, variants, count, replace_rejected)
-    if todo and builder is None and not described.stopped:  # new captions changed the keys of existing variants
-        builder = build(scan, recipe, captions, variants, models)
-    wanted = len(images) * count
-    work = Work(todo, stop)
-    start = time.perf_counter()
-    if builder is not None and not described.stopped:
-        with tqdm(total=wanted, initial=wanted - len(todo), desc="variants", unit="img", disable=not progress) as bar:
+    with ExitStack() as stack:
+        # Load the generator first: if it cannot be loaded, fail now and not after an hour of captioning.
+        builder = build(scan, recipe, captions, variants, models, stack) if todo and not stop() else None
+        described = caption_folder(scan, recipe, captions, models, progress=progress, stop=stop)
+        filtered, todo = missing_variants(images, recipe, captions, variants, count, replace_rejected)
+        if todo and builder is None and not described.stopped:  # new captions changed the keys of existing variants
+            builder = build(scan, recipe, captions, variants, models, stack)
+        wanted = len(images) * count
+        work = Work(todo, stop)
+        start = time.perf_counter()
+        if builder is not None and not described.stopped:
+            bar = tqdm(total=wanted, initial=wanted - len(todo), desc="variants", unit="img", disable=not progress)
+            stack.enter_context(bar)
             try:
                 work.run(builder, bar.update)
             except (SGIDError, MemoryError, torch.OutOfMemoryError):  # the last two already say what to do
                 raise
             except Exception as error:
                 raise GenerationError(f"the model failed: {type(error).__name__}: {error}") from error
+        seconds = time.perf_counter() - start
     return GenerateReport(
         captions=described,
         images=len(images),
@@ -117,7 +122,7 @@ def generate_folder(
         filtered=filtered + work.filtered,
         failed=tuple(work.failed),
         stopped=described.stopped or work.stopped,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )
 
 
@@ -131,8 +136,13 @@ def _check_place(scan: Scan, root: Path) -> None:
         raise FolderError(f"the variants would lie among the originals in {show(root)}; give a folder of their own")
 
 
-def build(scan: Scan, recipe: Recipe, captions: CaptionStore, variants: VariantStore, models: Models) -> Builder:
-    """Load the generator, with the class names and the CLIP model that its filters need."""
+def build(
+    scan: Scan, recipe: Recipe, captions: CaptionStore, variants: VariantStore, models: Models, stack: ExitStack
+) -> Builder | Fleet:
+    """Load the generator, with the class names and the CLIP model that its filters need, on one device or on several.
+
+    Processes of devices end with ``stack``.
+    """
     labels = sorted({image.file.label for image in scan.images})
     spec = BuilderSpec(
         recipe,
@@ -145,7 +155,11 @@ def build(scan: Scan, recipe: Recipe, captions: CaptionStore, variants: VariantS
         labels=labels,
         batch_size=models.batch_size,
     )
-    return spec.build()
+    if len(models.devices) <= 1:
+        return spec.build()
+    fleet = fleet_of(spec, models.devices)
+    stack.callback(fleet.stop)
+    return fleet
 
 
 class Work:
@@ -165,7 +179,7 @@ class Work:
         self.failed: list[Skipped] = []
         self.stopped = False
 
-    def run(self, builder: Builder, done: Callable[[int], object] = lambda count: None) -> None:
+    def run(self, builder: Builder | Fleet, done: Callable[[int], object] = lambda count: None) -> None:
         """Make all variants; ``done`` is called with the number of newly finished ones.
 
         Raises:
@@ -196,7 +210,7 @@ class Work:
             taken.append(Wanted(image.key, number, pixels, image.file.label))
         return taken
 
-    def _take(self, builder: Builder, wanted: Wanted, outcome: Outcome) -> None:
+    def _take(self, builder: Builder | Fleet, wanted: Wanted, outcome: Outcome) -> None:
         image = self._files.pop(wanted.name)
         if outcome.image is not None:
             root = builder.variants.root
@@ -204,7 +218,7 @@ class Work:
                 f"variants cannot be stored in {root} ({free_bytes(root) >> 20} MiB are free there); "
                 "make room, or choose another folder, and run the command again"
             )
-        if outcome.status is Status.FAILED:
+        if outcome.status in (Status.FAILED, Status.LOST):
             self.failed.append(Skipped(image.file.path, outcome.reason))
         elif outcome.status is Status.FILTERED:
             self.filtered += 1

@@ -28,6 +28,7 @@ class Models:
         generator: ``(recipe, device, **options) -> generate``, in place of the package's generator.
         batch_size: Images per forward pass.
         options: Keyword arguments for the generator.
+        devices: Several devices that make variants instead of the first, each in a process of its own.
     """
 
     device: str = "cpu"
@@ -36,6 +37,7 @@ class Models:
     generator: GeneratorFactory | None = None
     batch_size: int = 32
     options: Mapping[str, Any] = field(default_factory=dict)
+    devices: Sequence[str] = ()
 
     def captioner_for(self, recipe: Recipe) -> Any:
         """The captioner that goes with a recipe."""

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -125,7 +126,7 @@ def generate(
     captioner: options.Captioner = "auto",
     scorer: options.Scorer = "auto",
     class_names: options.ClassNames = None,
-    device: options.Device = "auto",
+    device: options.Devices = "auto",
     batch_size: options.BatchSize = 32,
     json: options.Json = False,
 ) -> int:
@@ -140,7 +141,8 @@ def generate(
 
     wanted = options.recipe_from(recipe, model)
     share = options.shard_from(shard)
-    models = options.models_from(device, batch_size, captioner, scorer)
+    devices = options.resolve_devices(device)
+    models = replace(options.models_from(devices[0], batch_size, captioner, scorer), devices=devices)
     store = VariantStore(variants)
     scan = scan_folder(data, options.class_names_from(class_names), progress=not json)
     if wanted.model == "tiny":

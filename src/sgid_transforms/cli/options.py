@@ -22,6 +22,9 @@ Store = Annotated[Path, typer.Argument(metavar="DIR", help="Variant store.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (TOML): what to generate.")]
 Model = Annotated[str | None, typer.Option(metavar="ID", help="Instead of a recipe: tiny, a checkpoint id, or a folder.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")]
+Devices = Annotated[
+    str, typer.Option("--device", metavar="NAMES", help="As auto, cuda:1, mps; several, as cuda:0,cuda:1, or all of them.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per forward pass.")]
 ClassNames = Annotated[
     Path | None, typer.Option(metavar="FILE", help='Words for folder names: {"n02123045": "tabby cat"} (JSON or TOML).')
@@ -84,6 +87,19 @@ def resolve_device(device: str) -> str:
         return default_device()
     try:
         return str(check_device(device))
+    except ModelLoadError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def resolve_devices(devices: str) -> list[str]:
+    """The devices of a list such as ``cuda:0,cuda:1``, or of ``all``."""
+    from sgid_transforms.models.loading import all_devices
+
+    names = [name.strip() for name in devices.split(",")]
+    if names == ["auto"]:
+        return [resolve_device("auto")]
+    try:
+        return all_devices(names)
     except ModelLoadError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
 

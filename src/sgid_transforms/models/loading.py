@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,24 @@ def default_device() -> str:
     """The accelerator of this machine, whatever PyTorch supports, or ``"cpu"``; of several, that of this process."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else str(check_device(found))
+
+
+def all_devices(names: Sequence[str]) -> list[str]:
+    """The devices of these names, where ``"all"`` stands for every accelerator of this machine, or the CPU if there is none.
+
+    Raises:
+        ModelLoadError: There are no names, one is not a device, or this machine does not have it.
+    """
+    found: list[str] = []
+    for name in names:
+        kind = torch.accelerator.current_accelerator(check_available=True) if name == "all" else None
+        if kind is not None:
+            found += [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())]
+        else:
+            found.append("cpu" if name == "all" else str(check_device(name)))
+    if not found:
+        raise ModelLoadError("the list of devices is empty; give at least one, such as 'cuda:0', or 'all'")
+    return found
 
 
 def check_device(device: str | torch.device) -> torch.device:

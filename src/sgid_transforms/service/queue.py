@@ -82,7 +82,7 @@ class WantedQueue:
                     known = known or _Waiting(one, Future(), time.monotonic())
                     if self._refusal is not None:
                         futures.append(known.outcome)
-                        known.outcome.set_result(Outcome(Status.FAILED, self._refusal))
+                        known.outcome.set_result(Outcome(Status.LOST, self._refusal))
                         continue
                     self._urgent[one.name] = known
                 else:
@@ -158,11 +158,11 @@ class WantedQueue:
         waiting.outcome.set_result(outcome)
         return claimed
 
-    def fail(self, reason: str) -> list[Outcome]:
+    def fail(self, reason: str, status: Status = Status.FAILED) -> list[Outcome]:
         """Fail everything that is in progress; returns the outcomes that nobody waits for."""
         with self._changed:
             running = [waiting.wanted for waiting in self._running.values()]
-        outcome = Outcome(Status.FAILED, reason, made=True)
+        outcome = Outcome(status, reason, made=True)
         return [outcome for wanted in running if not self.complete(wanted, outcome)]
 
     def refuse(self, reason: str) -> list[Outcome]:
@@ -173,7 +173,7 @@ class WantedQueue:
             for queue in (self._urgent, self._background):
                 self._running |= queue
                 queue.clear()
-        return self.fail(reason)
+        return self.fail(reason, Status.LOST)
 
     def close(self) -> None:
         """Make `wait` return False and `pull` nothing."""

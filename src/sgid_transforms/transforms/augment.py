@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -26,10 +27,11 @@ from sgid_transforms.errors import GenerationError, MissingCaptionError, Service
 from sgid_transforms.images.forms import check_form, is_image, pil_like, refuse_other_images, tensor_like, to_pil
 from sgid_transforms.images.keys import image_key, to_uint8_chw
 from sgid_transforms.images.labels import check_class_names, find_labels, label_name
-from sgid_transforms.models.loading import default_device
+from sgid_transforms.models.loading import all_devices, default_device, own_device
 from sgid_transforms.models.transfer import download, upload
 from sgid_transforms.recipe.checks import integer
 from sgid_transforms.recipe.recipe import Recipe
+from sgid_transforms.service.fleet import fleet_of
 from sgid_transforms.service.process import GenerationService, job_rendezvous
 from sgid_transforms.transforms.gate import P, balanced_p, check_p, class_p, unknown_classes
 from sgid_transforms.transforms.state import STAT_NAMES, SharedState, Stats
@@ -299,6 +301,7 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         self,
         device: str | None = None,
         *,
+        devices: Sequence[str] | None = None,
         max_batch: int = 16,
         max_wait: float = 0.05,
         max_queue: int = 256,
@@ -308,10 +311,11 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
     ) -> GenerationService:
         """Start one process that owns the model and serves all workers of this transform; use it in a ``with`` statement.
 
-        Ranks of one distributed job on this machine share the process of the first rank that calls this.
+        Ranks of one distributed job on this machine share the process of the first rank that calls this with the same devices.
 
         Args:
             device: Where the model runs.
+            devices: Several devices instead, with a process for each; ``["all"]``: all accelerators of this machine.
             max_batch: Maximum number of variants that an idle model waits for before it starts; a working model takes as many
                 as it has room for.
             max_wait: Seconds that the first variant waits for others.
@@ -326,12 +330,16 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
         """
         if torch.utils.data.get_worker_info() is not None:
             raise ServiceError("sgid.serve() was called in a DataLoader worker; call it once, where the loader is made")
+        if device is not None and devices is not None:
+            raise ServiceError(f"serve() got device={device!r} and devices={list(devices)!r}; give one of them")
+        names = all_devices(devices) if devices is not None else [own_device(device or self._device())]
         if rendezvous is None:
-            rendezvous = job_rendezvous(str(self.variants.root.resolve()), self.recipe.fingerprint)
-        device = device or self._device()
-        background = 19 if device == "cpu" else 10  # on an accelerator, a model needs little of the CPU, but that little soon
+            asked = [] if device is None and devices is None else [",".join(names)]
+            rendezvous = job_rendezvous(str(self.variants.root.resolve()), self.recipe.fingerprint, *asked)
+        spec = replace(self._spec(names[0], options), batch_size=max_batch)
+        background = 19 if names[0] == "cpu" else 10  # on an accelerator, a model needs little of the CPU, but that little soon
         service = _PublishedService(
-            replace(self._spec(device, options), batch_size=max_batch).build,
+            partial(fleet_of, spec, names) if len(names) > 1 else spec.build,
             max_batch=max_batch,
             max_wait=max_wait,
             max_queue=max_queue,
@@ -582,7 +590,8 @@ class SGIDAugment(v2.Transform):  # type: ignore[misc]
             if outcome.status is Status.FILTERED:
                 key, variant = wanted[position]
                 self._log_once(outcome.reason, f"variant {variant} of {key} is not used: {outcome.reason}")
-        problems += [outcome.reason for outcome in outcomes.values() if outcome.status is Status.FAILED]
+        failed = (Status.FAILED, Status.LOST)
+        problems += [outcome.reason for outcome in outcomes.values() if outcome.status in failed]
         if problems and self.on_error == "raise":
             raise GenerationError(problems[0])
         if problems:
