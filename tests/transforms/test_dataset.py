@@ -284,9 +284,42 @@ def test_queue_never_stalls_the_loader(tmp_path: Path) -> None:
     assert statistics.median(worked) > 0
     assert stats.queued > 0
     assert stats.waits == 0
-    # Two cores gave 0.80 to 0.99, and 0.84 to 0.92; a loader that has to wait for its share of time falls far below.
+    # Two cores gave 0.80 to 0.99, and 0.84 to 0.91; a loader that has to wait for its share of time falls far below.
     assert beside >= 0.7
     assert overall >= 0.65
+
+
+def test_several_devices_serve_one_loader_and_one_of_them_may_die(tmp_path: Path) -> None:
+    data = Repeated(60, 60)
+    sgid = _sgid(tmp_path, data, generator=fake_generator(seconds=0.02), variants_per_image=1)
+    with sgid.serve(devices=["cpu", "cpu"], max_batch=4) as service:
+        children = _children(service.pid)
+        assert len(children) == 2
+        loader = DataLoader(SGIDDataset(data, sgid, TO_TENSOR), batch_size=10, num_workers=2)
+        batches = iter(loader)
+        next(batches)
+        os.kill(children[0], signal.SIGKILL)
+        assert sum(len(images) for images, _ in batches) == 50
+        assert sgid.variants.count() == 60
+        assert sgid.stats().fallbacks == 0
+        with pytest.raises(ServiceError, match=r"^serve\(\) got device='cpu' and devices=\['cpu'\]; give one of them"):
+            sgid.serve(device="cpu", devices=["cpu"])
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def test_ranks_of_a_job_share_a_service_unless_they_name_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_PORT", str(os.getpid()))
+    first, same, other = (_sgid(tmp_path) for _ in range(3))
+    with first.serve() as one, same.serve() as joined, other.serve(device="cpu") as own:
+        assert (one.owner, joined.owner, own.owner) == (True, False, True)
+        assert one.pid == joined.pid != own.pid
+
+
+def _children(pid: int | None) -> list[int]:
+    return [int(child) for one in Path(f"/proc/{pid}/task").glob("*/children") for child in one.read_text().split()]
 
 
 @pytest.mark.parametrize(("on_miss", "niceness"), [("generate", 0), ("queue", 19)])

@@ -5,13 +5,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sgid_transforms.building.builder import BuilderSpec
 from sgid_transforms.building.wanted import Outcome, Status, Wanted
 from sgid_transforms.errors import DeviceLostError, GenerationError, ServiceError
 from sgid_transforms.service.process import GenerationService
-from sgid_transforms.service.server import BuilderFactory
+from sgid_transforms.service.server import BuilderFactory, Streams
 
 _CALLS = 4  # under way at a device, since an engine holds four batches
 _POLL = 0.05  # seconds between two looks for more work
@@ -121,7 +122,8 @@ class Fleet:
                     except (ServiceError, GenerationError) as error:
                         if member.usable:
                             member.usable = False
-                            _log.warning("the process of %s ended and is started again: %s", member.name, error)
+                            reason = str(error).partition(";")[0]
+                            _log.warning("the process of %s ended and is started again: %s", member.name, reason)
                             starting[pool.submit(self._restart, member)] = member
                         if room > 1:
                             reason = f"the process that made it ended: {error}"
@@ -171,5 +173,17 @@ class Fleet:
 
 def fleet_of(spec: BuilderSpec, devices: Sequence[str]) -> Fleet:
     """A process for each of the devices, which does what a specification says; a device may be named more than once."""
-    factories = [(device, replace(spec, device=device, count=None).build) for device in devices]
+    import torch
+
+    # Two processes with as many threads as there are cores are several times slower than one.
+    threads = max(torch.get_num_threads() // max(devices.count("cpu"), 1), 1)
+    builds = [(device, replace(spec, device=device, count=None).build) for device in devices]
+    factories = [(device, partial(_in_threads, threads, build) if device == "cpu" else build) for device, build in builds]
     return Fleet(factories, batch_size=spec.batch_size, count=spec.count, variants=spec.variants)
+
+
+def _in_threads(threads: int, build: BuilderFactory) -> Streams:
+    import torch
+
+    torch.set_num_threads(threads)
+    return build()
