@@ -3,6 +3,7 @@
     python benchmarks/stores.py formats            the table of formats in docs/stores.md
     python benchmarks/stores.py hits               the hit path against decoding the original, and RandAugment
     python benchmarks/stores.py scale --records N  look-ups among N records against 1,000, for both stores
+    python benchmarks/stores.py packs --records N  look-ups in packs of 1,000 and of N, and in loose files
     python benchmarks/stores.py writes             put rates
 
 All times are the lowest of many short rounds on one thread, in which all that is compared takes turns: what a busy machine
@@ -119,6 +120,29 @@ def scale(folder: Path, records: int) -> None:
     _compare("VariantStore.get_image", lookups)
 
 
+def packs(folder: Path, records: int) -> None:
+    """Look-ups of random keys in packs against loose files, and among many packed ones against few."""
+    counts = (1000, records)
+    loose = {count: _variants(folder / f"loose-{count}", count) for count in counts}
+    packed = {count: _variants(folder / f"packed-{count}", count) for count in counts}
+    for count, store in packed.items():
+        start = time.perf_counter()
+        store.pack()
+        files = sum(len(names) for _, _, names in os.walk(store.root))
+        print(f"packed {count:,} variants in {time.perf_counter() - start:.1f} s into {files} files", flush=True)
+    for name, read in (("contains", _contains), ("get_image", _get_image)):
+        _compare(f"packed, {name}", {count: (partial(read, store), _keys(count)) for count, store in packed.items()})
+        keys = random.Random(1).sample(_keys(records), 1000)
+        ways = {"loose": loose[records], "packed": packed[records]}
+        samples = {way: partial(lambda read, keys: [read(key) for key in keys], partial(read, ways[way]), keys) for way in ways}
+        figures = {way: value / 1000 for way, value in microseconds(samples, rounds=41, budget=0.001).items()}
+        print(f"{name} among {records:,}: {', '.join(f'{way} {value:.1f} us' for way, value in figures.items())}", flush=True)
+
+
+def _contains(store: VariantStore, key: str) -> object:
+    return store.contains("01auto", key, 0) or None
+
+
 def _get(store: VariantStore, key: str) -> object:
     return store.get("01auto", key, 0)
 
@@ -203,7 +227,7 @@ def writes(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["formats", "hits", "scale", "writes"])
+    parser.add_argument("what", choices=["formats", "hits", "scale", "packs", "writes"])
     parser.add_argument("--records", type=int, default=1_000_000)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -214,6 +238,8 @@ def main() -> None:
             hits(Path(folder))
         elif options.what == "scale":
             scale(Path(folder), options.records)
+        elif options.what == "packs":
+            packs(Path(folder), options.records)
         else:
             writes(Path(folder))
 

@@ -21,7 +21,7 @@ from sgid_transforms.recipe.presets import PRESETS
 from sgid_transforms.recipe.recipe import Recipe
 from sgid_transforms.variants.store import VariantStore
 
-COMMANDS = ("demo", "caption", "generate", "tune", "preview", "report", "review", "export", "verify", "prune", "doctor")
+COMMANDS = ("demo", "caption", "generate", "tune", "preview", "report", "review", "export", "verify", "prune", "pack", "doctor")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
@@ -233,6 +233,21 @@ def test_durations(seconds, text):
 @pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (12_345_678, "12.3 MB"), (5e15, "5000.0 TB")])
 def test_sizes(count, text):
     assert size(count) == text
+
+
+def test_pack_moves_all_variants_and_nothing_is_made_again(fake_sgid, tmp_path):
+    plain_folder(tmp_path / "data", 2)
+    assert fake_sgid("generate", "data", "-k", "2")[0] == 0
+    code, out, _ = fake_sgid("pack", "--json")
+    assert (code, json.loads(out)["packed"]) == (0, 8)
+    assert not list((tmp_path / "variants").rglob("*.png"))
+    code, out, _ = fake_sgid("generate", "data", "-k", "2", "--json")
+    assert (code, json.loads(out)["report"]["generated"], json.loads(out)["report"]["present"]) == (0, 0, 8)
+    assert "8 files checked, 0 damaged, 0 foreign" in fake_sgid("verify")[1]
+    assert fake_sgid("export", "data", "out")[0] == 0
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 8
+    code, out, _ = fake_sgid("pack")
+    assert (code, out.splitlines()[0][:34]) == (0, "0 files packed; the store has 8 va")
 
 
 def test_a_changed_text_puts_variants_out_of_date_and_prune_removes_them(fake_sgid, tmp_path):

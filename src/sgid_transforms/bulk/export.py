@@ -82,12 +82,14 @@ def export_folder(
             if originals:
                 lines.append(_copy_original(image, recipe, top))
                 counts["originals"] += 1
-            for number, variant in found:
-                name = f"{_stem(image)}-{image.key[:8]}-{number}{variant.path.suffix}"
-                _copy(variant.path, top / _text(image.file.folder) / name)
+            for number, ref, variant in found:
+                name = f"{_stem(image)}-{image.key[:8]}-{number}{ref.path.suffix}"
+                _write(variants.data(ref), top / _text(image.file.folder) / name)
                 lines.append(_line(image, recipe, number, variant, f"{_text(image.file.folder)}/{name}"))
                 counts["variants"] += 1
-            for number in {number for _, number in rejections.get(image_part(image.key), ())} - {number for number, _ in found}:
+            for number in {number for _, number in rejections.get(image_part(image.key), ())} - {
+                number for number, *_ in found
+            }:
                 for suffix in EXTENSIONS:  # exported before somebody rejected it
                     (top / _text(image.file.folder) / f"{_stem(image)}-{image.key[:8]}-{number}{suffix}").unlink(
                         missing_ok=True
@@ -132,7 +134,7 @@ def _known_variants(recipe: Recipe, variants: VariantStore, captions: CaptionSto
             if is_current and (ref.key, ref.variant) not in rejected:
                 known.setdefault(image_key, {})[ref.variant] = ref
         return known
-    for ref in sorted(variants.iter(recipe), key=lambda ref: ref.path.stat().st_mtime):
+    for ref in sorted(variants.iter(recipe), key=lambda ref: (ref.path.parent if ref.is_packed else ref.path).stat().st_mtime):
         if (ref.key, ref.variant) in rejected:
             continue
         for image_key in (ref.image_key, ref.key):  # stores of version 0.1 use the image's key alone
@@ -140,11 +142,13 @@ def _known_variants(recipe: Recipe, variants: VariantStore, captions: CaptionSto
     return known
 
 
-def _variants_of(recipe: Recipe, variants: VariantStore, refs: Mapping[int, VariantRef]) -> Iterator[tuple[int, Variant]]:
+def _variants_of(
+    recipe: Recipe, variants: VariantStore, refs: Mapping[int, VariantRef]
+) -> Iterator[tuple[int, VariantRef, Variant]]:
     for number, ref in sorted(refs.items()):
         variant = variants.get(recipe, ref.key, number)  # reads the whole file, so damaged ones are left out
         if variant is not None:
-            yield number, variant
+            yield number, ref, variant
 
 
 def _copy_original(image: KnownImage, recipe: Recipe, top: Path) -> dict[str, Any]:
@@ -190,6 +194,14 @@ def _stem(image: KnownImage) -> str:
 def _text(name: str) -> str:
     """A name with its undecodable bytes replaced."""
     return name.encode("utf-8", "replace").decode()
+
+
+def _write(data: bytes, target: Path) -> None:
+    """As `_copy`, of a file's bytes."""
+    if not target.exists() or target.read_bytes() != data:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary:
+            Path(temporary).write_bytes(data)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from sgid_transforms.cli.output import fail, printable, say, say_error
 from sgid_transforms.cli.preview import preview
 from sgid_transforms.cli.report import report
 from sgid_transforms.cli.review import review
-from sgid_transforms.cli.stores import export, prune, verify
+from sgid_transforms.cli.stores import export, pack, prune, verify
 from sgid_transforms.cli.tune import tune
 from sgid_transforms.errors import SGIDError
 
@@ -50,7 +50,7 @@ def _from_home(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for _command in (demo, caption, generate, tune, preview, report, review, export, verify, prune, doctor):
+for _command in (demo, caption, generate, tune, preview, report, review, export, verify, prune, pack, doctor):
     app.command()(_from_home(_command))
 
 

@@ -1,4 +1,4 @@
-"""``sgid export``, ``sgid verify`` and ``sgid prune``: work on an existing store."""
+"""``sgid export``, ``sgid verify``, ``sgid prune`` and ``sgid pack``: work on an existing store."""
 
 import os
 from collections.abc import Collection
@@ -129,7 +129,9 @@ def prune(
     removed = {name: stats.variants.get(name, 0) for name in there if name not in kept}
     recipes = [_recipe(name) for name in keep if name not in there]  # a bare fingerprint does not tell the texts
     outdated = [ref for recipe in recipes if captions is not None for ref in _outdated(store, captions, recipe)]
-    freed = sum(stats.bytes.get(name, 0) for name in removed) + sum(ref.path.stat().st_size for ref in outdated)
+    freed = sum(stats.bytes.get(name, 0) for name in removed) + sum(
+        ref.path.stat().st_size for ref in outdated if not ref.is_packed
+    )
     if yes and removed:
         store.prune(kept, progress=bar("removing", "file", json))
     if yes:
@@ -145,6 +147,28 @@ def prune(
         say(f"{len(outdated)} variants and rejections out of date: {'removed' if yes else 'would be removed'}")
     if (removed or outdated) and not yes:
         say(f"nothing was removed; add --yes to free {size(freed)}")
+
+
+def pack(
+    variants: options.Store = Path("variants"),
+    shard_mb: Annotated[
+        int, typer.Option("--shard-mb", min=1, metavar="N", help="Size of a tar file, in MB, at which another one begins.")
+    ] = 1000,
+    json: options.Json = False,
+) -> None:
+    """Move the variants of a store into few large files.
+
+    File systems that suffer from millions of small files then see some tar files with an index. Training, reports and all
+    commands go on as before; new variants are ordinary files until the next `sgid pack`. The tar files are in WebDataset's
+    layout. You may run it while others read or write, interrupt it, and run it again.
+    """
+    store = options.variant_store(variants, readonly=False)
+    done = store.pack(shard_bytes=shard_mb * 1_000_000, progress=bar("packing", "file", json))
+    stats = store.stats()
+    if json:
+        say_json({"store": variants, "packed": done, "report": stats})
+        return
+    say(f"{done} files packed; the store has {sum(stats.variants.values())} variants, {size(sum(stats.bytes.values()))}")
 
 
 def _fingerprint(name: str, there: Collection[str]) -> str:

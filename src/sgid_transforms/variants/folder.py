@@ -112,10 +112,13 @@ class StoreFolder:
                 outcome = "moved"
             except OSError as error:
                 reason = f"{reason}; it could not be moved ({error.strerror})"
-        self.damaged_seen += 1  # without a lock, which a fork could copy in its locked state
-        what = "stays where it is" if outcome == "stays" else f"goes to {layout.QUARANTINE}/"
-        self._log_once(f"{path} is not a usable variant: {reason}. It {what} and counts as missing", reason)
+        self.note_damage(path, reason, "stays where it is" if outcome == "stays" else f"goes to {layout.QUARANTINE}/")
         return outcome
+
+    def note_damage(self, path: str, reason: str, what: str) -> None:
+        """Count something damaged, and log the first one of each cause."""
+        self.damaged_seen += 1  # without a lock, which a fork could copy in its locked state
+        self._log_once(f"{path} is not a usable variant: {reason}. It {what} and counts as missing", reason)
 
     def publish(self, data: bytes, name: str) -> bool:
         """Write ``data`` to a temporary file, then give it its name in one step; the first writer wins.

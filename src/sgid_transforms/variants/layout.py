@@ -32,6 +32,7 @@ FORMAT_VERSION = 2
 EXTENSIONS = (".png", ".jpg", ".webp")
 FAILURE_SUFFIX = ".failed.json"
 QUARANTINE = "quarantine"
+PACKS = "packs"
 TEMPORARY = "tmp"
 ORPHAN_AGE = 3600.0
 """Seconds after which a temporary file of another host counts as left behind."""
@@ -125,7 +126,7 @@ def check_fingerprint(recipe: HasFingerprint | str) -> str:
 
 def is_fingerprint(name: str) -> bool:
     """Whether ``name`` can be the folder of one recipe."""
-    return _FINGERPRINT.fullmatch(name) is not None and name != QUARANTINE
+    return _FINGERPRINT.fullmatch(name) is not None and name not in (QUARANTINE, PACKS)
 
 
 def is_shard(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Variants on disk: one ordinary image file each, found by (recipe, key, variant number), safe for many writers."""
 
 import contextlib
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ import torch
 from PIL import Image
 
 from sgid_transforms.errors import StoreError
+from sgid_transforms.files import try_lock
 from sgid_transforms.variants import codec, layout
 from sgid_transforms.variants.folder import StoreFolder, read
 from sgid_transforms.variants.layout import DamagedFileError, FileName, HasFingerprint
+from sgid_transforms.variants.packs import Packed, PackFolder, PackWriter
 from sgid_transforms.variants.provenance import Provenance
 from sgid_transforms.variants.verdicts import FILE as VERDICTS
 from sgid_transforms.variants.verdicts import Rejections, Verdict, VerdictLog
@@ -55,6 +58,11 @@ class VariantRef(NamedTuple):
     def image_key(self) -> str:
         """Key of the image that it is a variant of."""
         return layout.image_key_of(self.key)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is a member of a pack; ``path`` is then the pack's file with the member's name below it."""
+        return self.path.parent.suffix == ".tar"
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ class VariantStore:
 
     def __init__(self, root: str | os.PathLike[str], *, readonly: bool = False, fsync: bool = True) -> None:
         self._folder = StoreFolder(root, readonly=readonly, fsync=fsync)
+        self._packs = PackFolder(self._folder.root)
         self._verdicts = VerdictLog(self._folder.path(VERDICTS))
         # checked fingerprint -> extensions to try, the one found last first; none if its folder is a link
         self._extensions: dict[str, tuple[str, ...]] = {}
@@ -183,10 +192,15 @@ class VariantStore:
         try:
             provenance = Provenance.from_json(bytes(json))
         except ValueError as error:  # its digest is right, so another program made it
-            self._folder.set_aside(path, f"its provenance cannot be read: {error}")
+            reason = f"its provenance cannot be read: {error}"
+            if isinstance(path, Packed):
+                self._forget(path, reason)
+            else:
+                self._folder.set_aside(path, reason)
             return None
         fingerprint = recipe if isinstance(recipe, str) else recipe.fingerprint
-        return Variant(_tensor(pixels), provenance, Path(path), self.verdicts().get((fingerprint, key, variant)))
+        place = path.member if isinstance(path, Packed) else Path(path)
+        return Variant(_tensor(pixels), provenance, place, self.verdicts().get((fingerprint, key, variant)))
 
     def provenance(self, recipe: HasFingerprint | str, key: str, variant: int) -> Provenance | None:
         """How a variant was made, or ``None``; its digest is checked, but its image is not decoded."""
@@ -199,13 +213,19 @@ class VariantStore:
     def contains(self, recipe: HasFingerprint | str, key: str, variant: int) -> bool:
         """Whether there is a file for this variant; its content is not looked at."""
         stem, extensions = self._place(recipe, key, variant)
-        return any(os.path.lexists(self._folder.path(stem + extension)) for extension in extensions)
+        return self._packed(stem, key, variant) is not None or any(
+            os.path.lexists(self._folder.path(stem + extension)) for extension in extensions
+        )
 
     def failure(self, recipe: HasFingerprint | str, key: str, variant: int) -> tuple[str, ...] | None:
         """The reasons why this variant could not be made, as `put_failure` left them, or ``None``."""
         stem, extensions = self._place(recipe, key, variant)
         if not extensions:
             return None
+        packed = self._packed(stem, key, variant, failure=True)
+        found = None if packed is None else self._unpacked(packed, layout.unpack_failure)
+        if found is not None:
+            return found
         return self._folder.load(self._folder.path(stem + layout.FAILURE_SUFFIX), layout.MAX_FAILURE, layout.unpack_failure)
 
     def may_have_old_keys(self, recipe: HasFingerprint | str) -> bool:
@@ -264,6 +284,9 @@ class VariantStore:
         removed = 0
         recipes = set()
         for ref in refs:
+            if ref.is_packed:
+                removed += self._remove_packed(ref)
+                continue
             suffix = ref.path.name.removeprefix(f"{ref.key}-{ref.variant}")
             if suffix not in (*layout.EXTENSIONS, layout.FAILURE_SUFFIX):
                 raise StoreError(f"{ref.path} is not a file of variant {ref.variant} of {ref.key}; pass what iter() yields")
@@ -312,12 +335,27 @@ class VariantStore:
         fingerprint, part = layout.check_fingerprint(recipe), layout.image_part(image_key)
         layout.stem(part, 0)
         names = self._folder.walk_shard(fingerprint, part[:2])
-        refs = [
-            VariantRef(name.fingerprint, name.key, name.variant, Path(path))
+        refs = {
+            (name.variant, name.key): VariantRef(name.fingerprint, name.key, name.variant, Path(path))
             for path, name in names
             if name is not None and not name.is_failure and layout.image_key_of(name.key) == part
-        ]
-        return sorted(refs, key=lambda ref: (ref.variant, ref.key))
+        }
+        packed = self._packs.find(fingerprint, part + "0" * (len(layout.variant_key(part)) - len(part)))
+        refs |= {(one.variant, one.key): _ref(one) for one in packed if not one.is_failure}
+        return [refs[place] for place in sorted(refs)]
+
+    def data(self, ref: VariantRef) -> bytes:
+        """The bytes of a variant's file, wherever it is: an image that any viewer opens, with the provenance behind it.
+
+        Raises:
+            OSError: It is not there any more, or cannot be read.
+        """
+        if not ref.is_packed:
+            return ref.path.read_bytes()
+        for packed in self._packs.find(ref.fingerprint, ref.key, ref.variant):
+            if packed.member == ref.path:
+                return packed.read()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(ref.path))
 
     def count(self, recipe: HasFingerprint | str | None = None) -> int:
         """How many variants there are, of one recipe or of all; failures are not counted."""
@@ -334,13 +372,19 @@ class VariantStore:
     def stats(self) -> StoreStats:
         """Counts and sizes, by walking the whole store."""
         variants, failures, sizes = Counter[str](), Counter[str](), Counter[str]()
-        for ref, is_failure in self._refs():
+        for fingerprint in self._packs.fingerprints():
+            for pack in self._packs.of(fingerprint):
+                stored, failed, size = pack.sizes()
+                variants[fingerprint] += stored
+                failures[fingerprint] += failed
+                sizes[fingerprint] += size
+        for ref, is_failure in self._loose():
             (failures if is_failure else variants)[ref.fingerprint] += 1
             if not is_failure:
                 with contextlib.suppress(OSError):
                     sizes[ref.fingerprint] += os.lstat(ref.path).st_size
         quarantined, temporary = map(self._folder.count_entries, (layout.QUARANTINE, layout.TEMPORARY))
-        return StoreStats(dict(variants), dict(failures), dict(sizes), quarantined, temporary)
+        return StoreStats(dict(+variants), dict(+failures), dict(+sizes), quarantined, temporary)
 
     def verify(self, repair: bool = False, *, progress: Progress = _unwrapped) -> VerifyReport:
         """Read and decode every file.
@@ -362,6 +406,14 @@ class VariantStore:
             if problem is not None:
                 (foreign if name is None else damaged).append(Path(path))
                 repaired += repair and self._folder.set_aside(path, problem) == "moved"
+        for packed in progress(self._all_packed()):
+            checked += 1
+            problem = _packed_problem(packed)
+            if problem is not None:
+                damaged.append(packed.member)
+                repaired += repair and self._forget(packed, problem)
+        for fingerprint in self._packs.fingerprints():
+            damaged += [pack.path for pack in self._packs.of(fingerprint) if pack.check() is not None]
         if self._verdicts.damaged():
             damaged.append(self.root / VERDICTS)  # its other lines count, so it stays
         return VerifyReport(checked, tuple(damaged), tuple(foreign), repaired)
@@ -381,7 +433,10 @@ class VariantStore:
                 f"prune was given no recipe to keep and would remove all of {self.root}; delete the folder for that"
             )
         others = [fingerprint for fingerprint in self._folder.fingerprints() if fingerprint not in kept]
-        removed = self.remove(progress(ref for fingerprint in others for ref, _ in self._refs(fingerprint)))
+        removed = self.remove(progress(ref for fingerprint in others for ref, _ in self._loose(fingerprint)))
+        for fingerprint in self._packs.fingerprints():
+            if fingerprint not in kept:
+                removed += self._remove_packs(fingerprint)
         for fingerprint in others:
             self._folder.remove_empty_folders(fingerprint)
         return removed
@@ -410,6 +465,11 @@ class VariantStore:
             data = source.load(path, name.max_size, partial(_checked, name))
             if data is not None:
                 copied += self._folder.publish(data, name.stem + name.suffix)
+        for packed in VariantStore(source.root, readonly=True)._all_packed():
+            name = packed.name
+            there = self.failure if name.is_failure else self.contains
+            if not there(name.fingerprint, name.key, name.variant) and _packed_problem(packed) is None:
+                copied += self._folder.publish(packed.read(), name.stem + name.suffix)
         known = set(self.all_verdicts())
         self.judge(one for one in VerdictLog(source.path(VERDICTS)).read() if one not in known)
         return copied
@@ -425,12 +485,126 @@ class VariantStore:
         """
         return self._folder.sweep(max_age)
 
-    def _refs(self, recipe: HasFingerprint | str | None = None) -> Iterator[tuple[VariantRef, bool]]:
-        """All files that a store wrote, each with whether it is a failure."""
+    def pack(
+        self, recipe: HasFingerprint | str | None = None, *, shard_bytes: int = 1 << 30, progress: Progress = _unwrapped
+    ) -> int:
+        """Move the loose files of one recipe, or of all, into a new pack: few large files that are only read.
+
+        It can be interrupted at any time, and run again; readers find every variant all the while. Damaged files go to the
+        quarantine.
+
+        Args:
+            recipe: What to pack.
+            shard_bytes: Size of a tar file at which another one begins.
+            progress: Wraps the iterable of files, as ``tqdm`` does.
+
+        Returns:
+            How many variants and failures were packed.
+
+        Raises:
+            StoreError: The store cannot be written, or another process packs it.
+        """
+        self._folder.prepare_to_write()
+        self._packs.root.mkdir(exist_ok=True)
+        lock = try_lock(self._packs.root / "lock")
+        if lock is None:
+            raise StoreError(f"another process packs {self.root}; wait until it is done")
+        try:
+            every = self._folder.fingerprints() if recipe is None else [layout.check_fingerprint(recipe)]
+            return sum(self._pack(fingerprint, shard_bytes, progress) for fingerprint in every)
+        except OSError as error:
+            raise StoreError(f"{self.root} could not be packed: {error.strerror or error}; free some space") from error
+        finally:
+            os.close(lock)
+
+    def _pack(self, fingerprint: str, shard_bytes: int, progress: Progress) -> int:
+        self._packs.sweep(fingerprint)
+        writer: PackWriter | None = None
+        moved: list[tuple[str, FileName]] = []
+        try:
+            for path, name in progress(self._folder.walk(fingerprint)):
+                if name is None:
+                    continue
+                known = self._packed(name.stem, name.key, name.variant, failure=name.is_failure)
+                if known is None or _packed_problem(known) is not None:
+                    data = self._folder.load(path, name.max_size, partial(_checked, name))
+                    if data is None:
+                        continue
+                    writer = writer or PackWriter(self._packs.root / fingerprint, shard_bytes)
+                    writer.add(name, data, None if name.is_failure else bytes(layout.unpack(data, name.stem)[1]))
+                moved.append((path, name))
+            if writer is not None:
+                writer.close()
+        except BaseException:
+            if writer is not None:
+                writer.abandon()
+            raise
+        for path, _ in moved:
+            self._folder.remove(path)
+        self._folder.remove_empty_folders(fingerprint)
+        return len(moved)
+
+    def _all_packed(self, fingerprint: str | None = None) -> Iterator[Packed]:
+        every = self._packs.fingerprints() if fingerprint is None else [fingerprint]
+        return (packed for one in every for pack in self._packs.of(one) for packed in pack)
+
+    def _packed(self, stem: str, key: str, variant: int, *, failure: bool = False) -> Packed | None:
+        found = self._packs.find(stem.partition("/")[0], key, variant)
+        return next((packed for packed in found if packed.is_failure is failure), None)
+
+    def _unpacked(self, packed: Packed, parse: Callable[[bytes], _Decoded]) -> _Decoded | None:
+        """What ``parse`` makes of an entry; a damaged one counts as missing from now on."""
+        try:
+            return parse(packed.read())
+        except DamagedFileError as error:
+            self._forget(packed, str(error))
+        except OSError as error:  # the file may come back
+            self._folder.note_damage(str(packed.member), f"it cannot be read ({error.strerror or error})", "stays where it is")
+        return None
+
+    def _forget(self, packed: Packed, reason: str) -> bool:
+        forgotten = False
+        if not self.readonly:
+            with contextlib.suppress(OSError):
+                packed.pack.forget(packed.number)
+                forgotten = True
+        self._folder.note_damage(str(packed.member), reason, "stays where it is")
+        return forgotten
+
+    def _remove_packed(self, ref: VariantRef) -> int:
+        found = [one for one in self._packs.find(ref.fingerprint, ref.key, ref.variant) if one.member == ref.path]
+        try:
+            for one in found:
+                one.pack.forget(one.number)
+        except OSError as error:
+            raise StoreError(f"could not remove {ref.path}: {error.strerror}; check the folder") from error
+        return len(found)
+
+    def _remove_packs(self, fingerprint: str) -> int:
+        packs = self._packs.of(fingerprint)
+        removed = sum(sum(pack.sizes()[:2]) for pack in packs)
+        try:
+            for pack in packs:
+                pack.remove()
+            os.rmdir(self._packs.root / fingerprint)
+        except OSError as error:
+            raise StoreError(f"could not remove the packs of {fingerprint}: {error.strerror}; check the folder") from error
+        return removed
+
+    def _loose(self, recipe: HasFingerprint | str | None = None) -> Iterator[tuple[VariantRef, bool]]:
+        """All loose files that a store wrote, each with whether it is a failure."""
         self._folder.check_version()
         for path, name in self._folder.walk(None if recipe is None else layout.check_fingerprint(recipe)):
             if name is not None:
                 yield VariantRef(name.fingerprint, name.key, name.variant, Path(path)), name.is_failure
+
+    def _refs(self, recipe: HasFingerprint | str | None = None) -> Iterator[tuple[VariantRef, bool]]:
+        """All variants and failures, loose and packed, each once."""
+        fingerprint = None if recipe is None else layout.check_fingerprint(recipe)
+        yield from ((_ref(one), one.is_failure) for one in self._all_packed(fingerprint))
+        for ref, is_failure in self._loose(recipe):
+            if self._packed(f"{ref.fingerprint}/", ref.key, ref.variant, failure=is_failure) is None:
+                yield ref, is_failure
 
     def _place(self, recipe: HasFingerprint | str, key: str, variant: int) -> tuple[str, tuple[str, ...]]:
         """The name of a variant's file without its extension, and the extensions to look for."""
@@ -444,14 +618,17 @@ class VariantStore:
 
     def _find(
         self, recipe: HasFingerprint | str, key: str, variant: int, decode: Callable[[memoryview], _Decoded]
-    ) -> tuple[_Decoded, memoryview, str] | None:
-        """Decoded image, provenance JSON and path of a variant."""
+    ) -> tuple[_Decoded, memoryview, str | Packed] | None:
+        """Decoded image, provenance JSON and place of a variant."""
         stem, extensions = self._place(recipe, key, variant)
 
         def parse(data: bytes) -> tuple[_Decoded, memoryview]:
             image, json = layout.unpack(data, stem)
             return decode(image), json
 
+        packed = self._packed(stem, key, variant)
+        if packed is not None and (unpacked := self._unpacked(packed, parse)) is not None:
+            return *unpacked, packed
         for extension in extensions:
             path = self._folder.path(stem + extension)
             found = self._folder.load(path, layout.MAX_FILE, parse)
@@ -460,11 +637,29 @@ class VariantStore:
                     others = (other for other in extensions if other != extension)
                     self._extensions[stem.partition("/")[0]] = (extension, *others)
                 return *found, path
+        if packed is None and (packed := self._packed(stem, key, variant)) is not None:  # packed since we looked
+            unpacked = self._unpacked(packed, parse)
+            return None if unpacked is None else (*unpacked, packed)
         return None
 
 
 def _tensor(pixels: codec.Pixels) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _ref(packed: Packed) -> VariantRef:
+    return VariantRef(packed.pack.fingerprint, packed.key, packed.variant, packed.member)
+
+
+def _packed_problem(packed: Packed) -> str | None:
+    """What is wrong with one entry of a pack, or ``None``."""
+    try:
+        _checked(packed.name, packed.read())
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    except DamagedFileError as error:
+        return str(error)
+    return None
 
 
 def _checked(name: FileName, data: bytes) -> bytes:
