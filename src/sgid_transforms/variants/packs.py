@@ -225,8 +225,7 @@ class PackWriter:
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._limit = folder, shard_bytes
-        self._rows: list[tuple[Any, ...]] = []
-        self._heads: list[int] = []
+        self._rows, self._heads = bytearray(), bytearray()  # a list of ten million rows would take gigabytes
         self._files = 0
         self._file: BinaryIO | None = None
         self._tar: tarfile.TarFile | None = None
@@ -241,23 +240,23 @@ class PackWriter:
         if provenance is not None:
             self._append(f"{stem}.json", provenance)
         key = bytes.fromhex(name.key.ljust(64, "0"))
-        self._heads.append(_head(name.key))
-        self._rows.append(
-            (key, len(name.key), _SUFFIXES.index(name.suffix), self._files - 1, name.variant, offset, len(data), 0)
-        )
+        suffix = _SUFFIXES.index(name.suffix)
+        self._heads += _head(name.key).to_bytes(8, "little")
+        self._rows += _ROW.pack(key, len(name.key), suffix, self._files - 1, name.variant, offset, len(data))
 
     def close(self) -> Pack:
         """Finish the tar files, then publish the index."""
         self._end()
-        order = np.argsort(np.array(self._heads, "<u8"), kind="stable")
-        body = np.array(self._heads, "<u8")[order].tobytes() + np.array(self._rows, _ENTRY)[order].tobytes()
+        heads, entries = np.frombuffer(self._heads, "<u8"), np.frombuffer(self._rows, _ENTRY)
+        order = np.argsort(heads, kind="stable")
+        body = heads[order].tobytes() + entries[order].tobytes()
         digest = hashlib.sha256(body).digest()
         run = digest.hex()[:16]
         for number in range(self._files):
             os.replace(self._temporary(number), self._folder / f"{run}-{number:05}.tar")
         temporary = self._folder / f"{run}.idx.tmp"
         with temporary.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, VERSION, self._files, len(self._rows), 0, digest) + body)
+            file.write(_HEADER.pack(_MAGIC, VERSION, self._files, len(heads), 0, digest) + body)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._folder / f"{run}.idx")

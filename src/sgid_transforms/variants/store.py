@@ -520,29 +520,29 @@ class VariantStore:
     def _pack(self, fingerprint: str, shard_bytes: int, progress: Progress) -> int:
         self._packs.sweep(fingerprint)
         writer: PackWriter | None = None
-        moved: list[tuple[str, FileName]] = []
         try:
             for path, name in progress(self._folder.walk(fingerprint)):
-                if name is None:
+                if name is None or self._intact(name) is not None:
                     continue
-                known = self._packed(name.stem, name.key, name.variant, failure=name.is_failure)
-                if known is None or _packed_problem(known) is not None:
-                    data = self._folder.load(path, name.max_size, partial(_checked, name))
-                    if data is None:
-                        continue
+                data = self._folder.load(path, name.max_size, partial(_checked, name))
+                if data is not None:
                     writer = writer or PackWriter(self._packs.root / fingerprint, shard_bytes)
                     writer.add(name, data, None if name.is_failure else bytes(layout.unpack(data, name.stem)[1]))
-                moved.append((path, name))
             if writer is not None:
                 writer.close()
         except BaseException:
             if writer is not None:
                 writer.abandon()
             raise
-        for path, _ in moved:
-            self._folder.remove(path)
+        loose = ((path, name) for path, name in self._folder.walk(fingerprint) if name is not None)
+        removed = sum(self._folder.remove(path) for path, name in loose if self._intact(name) is not None)
         self._folder.remove_empty_folders(fingerprint)
-        return len(moved)
+        return removed
+
+    def _intact(self, name: FileName) -> Packed | None:
+        """The packed entry of that name, if it can be read in full."""
+        packed = self._packed(name.stem, name.key, name.variant, failure=name.is_failure)
+        return None if packed is None or _packed_problem(packed) is not None else packed
 
     def _all_packed(self, fingerprint: str | None = None) -> Iterator[Packed]:
         every = self._packs.fingerprints() if fingerprint is None else [fingerprint]
