@@ -238,6 +238,7 @@ def test_packs_merge_by_merge_and_by_copying(store: VariantStore, tmp_path: Path
     for path in (other.root / "packs" / RECIPE).iterdir():
         (store.root / "packs" / RECIPE / path.name).write_bytes(path.read_bytes())
     assert answers(store, 25)["images"] == list(range(25))
+    assert (store.count(), store.stats().variants) == (25, {RECIPE: 25})  # each once, though five are in both
     assert store.verify().ok
 
 

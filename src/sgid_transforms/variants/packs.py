@@ -144,15 +144,6 @@ class Pack:
     def __iter__(self) -> Iterator[Packed]:
         return (self._entry(number) for number in range(self.count) if number not in self._gone)
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Variants, failures, and the variants' bytes."""
-        entries = np.frombuffer(self._map, _ENTRY, self.count, self._start if self.count else 0)
-        there = np.ones(self.count, bool)
-        there[list(self._gone)] = False
-        failures = there & (entries["suffix"] == len(layout.EXTENSIONS))
-        variants = there & ~failures
-        return int(variants.sum()), int(failures.sum()), int(entries["length"][variants].sum(dtype=np.int64))
-
     def refresh(self) -> None:
         """Learn which entries count as absent."""
         try:

@@ -372,12 +372,9 @@ class VariantStore:
     def stats(self) -> StoreStats:
         """Counts and sizes, by walking the whole store."""
         variants, failures, sizes = Counter[str](), Counter[str](), Counter[str]()
-        for fingerprint in self._packs.fingerprints():
-            for pack in self._packs.of(fingerprint):
-                stored, failed, size = pack.sizes()
-                variants[fingerprint] += stored
-                failures[fingerprint] += failed
-                sizes[fingerprint] += size
+        for packed in self._all_packed():
+            (failures if packed.is_failure else variants)[packed.pack.fingerprint] += 1
+            sizes[packed.pack.fingerprint] += 0 if packed.is_failure else packed.length
         for ref, is_failure in self._loose():
             (failures if is_failure else variants)[ref.fingerprint] += 1
             if not is_failure:
@@ -545,8 +542,14 @@ class VariantStore:
         return None if packed is None or _packed_problem(packed) is not None else packed
 
     def _all_packed(self, fingerprint: str | None = None) -> Iterator[Packed]:
-        every = self._packs.fingerprints() if fingerprint is None else [fingerprint]
-        return (packed for one in every for pack in self._packs.of(one) for packed in pack)
+        """What is in packs; of what is in several, the one that is read."""
+        for recipe in self._packs.fingerprints() if fingerprint is None else [fingerprint]:
+            several = len(self._packs.of(recipe)) > 1
+            for packed in (packed for pack in self._packs.of(recipe) for packed in pack):
+                name = packed.name
+                read = self._packed(name.stem, name.key, name.variant, failure=name.is_failure) if several else packed
+                if read is not None and read.pack is packed.pack:
+                    yield packed
 
     def _packed(self, stem: str, key: str, variant: int, *, failure: bool = False) -> Packed | None:
         found = self._packs.find(stem.partition("/")[0], key, variant)
@@ -582,7 +585,7 @@ class VariantStore:
 
     def _remove_packs(self, fingerprint: str) -> int:
         packs = self._packs.of(fingerprint)
-        removed = sum(sum(pack.sizes()[:2]) for pack in packs)
+        removed = sum(1 for _ in self._all_packed(fingerprint))
         try:
             for pack in packs:
                 pack.remove()
