@@ -66,7 +66,7 @@ def test_two_devices_make_the_store_of_one(tmp_path: Path) -> None:
     assert (again.generated, again.present) == (0, 72)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_processes_that_are_killed_lose_and_repeat_nothing(tmp_path: Path, seed: int) -> None:
     _, one = make(tmp_path, "one")
     killed = tmp_path / "killed"

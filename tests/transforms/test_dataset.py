@@ -265,7 +265,7 @@ def test_queue_never_stalls_the_loader(tmp_path: Path) -> None:
             for way, data in ways.items()
         }
         worked = []
-        for _ in range(12):
+        for _ in range(9):
             for way, loader in loaders.items():
                 os.kill(service.pid, signal.SIGCONT if way == "working" else signal.SIGSTOP)
                 before, start = _cpu_seconds(service.pid), time.perf_counter()
