@@ -354,14 +354,15 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     left.set_xlabel("images per second")
     left.set_yticks(range(len(rows)), [row["name"] for row in rows])
     left.invert_yaxis()
-    left.legend()
+    above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 7, "frameon": False, "fontsize": 8}
+    left.legend(**above)
     starts = [0.0] * len(rows)
     for stage in ("caption", "text", "encode", "denoise", "decode", "filter", "store"):
         widths = [1000 / row[stage] for row in rows]
         right.barh(range(len(rows)), widths, 0.6, left=starts, label=stage)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     right.set_xlabel("milliseconds per image")
-    right.legend()
+    right.legend(**above)
     figure.savefig(path, dpi=120)
 
 
